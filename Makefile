@@ -1,0 +1,64 @@
+# Everyday commands; `make` lists them. Python >= 3.11 and make are all that must be there.
+PROFILE ?= tiny
+STUDY   ?= all
+JOBS    ?= 2
+SET     ?=
+PIP_ARGS ?=
+
+# the first interpreter of a supported version (3.11, 3.12)
+PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
+VENV   ?= .venv
+PY      = $(VENV)/bin/python
+READY   = $(VENV)/.ready
+FLOW    = $(PY) -m valuecot.flow.study
+quoted  = '$(subst ','\'',$(1))'
+
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM = false
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.DEFAULT_GOAL = help
+.PHONY: help env study plan dry test prove bench companion lab export clean-outputs
+
+help:      ## this list
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+env: $(READY) ## the environment in .venv (made by every other target when missing)
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 found: install one, or name it with make PYTHON=/path/to/python"; exit 1; }
+	@echo "making the environment in $(VENV) with $(PYTHON)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt torch
+	@$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dev,companion]"
+	@touch $@
+
+study: env ## run the study and build its pages: PROFILE=tiny|small|paper STUDY=all|geometry|steerable JOBS=2 SET="section.key=value ..."
+	@$(FLOW) run --profile $(PROFILE) --study $(STUDY) --jobs $(JOBS) --set $(call quoted,$(SET))
+
+plan: env ## what would run, and what it needs; runs nothing
+	@$(FLOW) plan --profile $(PROFILE) --study $(STUDY) --set $(call quoted,$(SET))
+
+dry: env ## what Snakemake would run, and why
+	@$(FLOW) dry --profile $(PROFILE) --study $(STUDY) --jobs $(JOBS) --set $(call quoted,$(SET))
+
+test: env ## all tests: notebooks, as written and against the package, and tests/
+	@$(PY) -m pytest -m "not prove"
+
+prove: env ## the long proofs: kills, seeds
+	@$(PY) -m pytest -m prove -rs
+
+bench: env ## time the environment, the stages and their imports -> outputs/bench/
+	@$(PY) benchmarks/budget.py $(ARGS)
+
+companion: env ## build the pages again from what was run
+	@$(PY) -m valuecot.companion.pages $(PROFILE)
+
+lab: env ## JupyterLab on the notebooks
+	@$(PY) -m jupyter lab nbs
+
+export: env ## notebooks -> valuecot/, cleaned of outputs
+	@$(VENV)/bin/nbdev-export && $(VENV)/bin/nbdev-clean
+
+clean-outputs: ## delete the results of one profile
+	rm -rf outputs/$(PROFILE)

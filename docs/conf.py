@@ -1,0 +1,35 @@
+"""Sphinx configuration of the companion. `valuecot.companion.pages` copies this folder, adds the pages, and builds; nothing here runs a notebook."""
+
+project, author, copyright = "valuecot", "the valuecot authors", "the valuecot authors"
+extensions = ["myst_nb", "sphinxcontrib.bibtex", "sphinx_design", "sphinx_copybutton"]
+exclude_patterns = ["_build"]
+suppress_warnings = ["mystnb.unknown_mime_type", "myst.mathjax"]
+
+nb_execution_mode = "off"  # papermill has executed them
+nb_ipywidgets_js = {}  # its default asks two CDNs
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
+myst_heading_anchors = 3
+bibtex_bibfiles = ["refs.bib"]
+bibtex_default_style = "unsrt"
+
+html_theme = "sphinx_book_theme"
+html_title = "valuecot companion"
+html_static_path = ["_static"]
+html_css_files = ["print.css"]
+html_js_files = [("figures.js", {"defer": "defer"})]
+mathjax_path = "mathjax/tex-mml-chtml.js"  # copied beside the pages: no CDN
+html_theme_options = {
+    "announcement": "",  # the build says here what a small profile cannot prove
+    "logo": {"text": "valuecot companion"},
+    "show_toc_level": 2,
+    "navbar_persistent": [],  # the sidebar has the search already
+    "home_page_in_toc": True,
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+    "use_source_button": False,
+    "use_repository_button": False,
+}
+html_copy_source = False
+html_show_sourcelink = False
+html_show_copyright = False
+html_show_sphinx = False

@@ -1,0 +1,147 @@
+"""The whole study on the test profile: pages, tables, warm against cold, kills."""
+
+import csv
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TABLES = ("table2.csv", "spectrum.csv", "samples.csv", "curves.csv", "landscape_checks.csv", "prompts.csv", "table3.csv", "table4.csv")
+
+
+def study(folder: Path, *words: str, **env: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "valuecot.flow.study", "run", "--profile", "test", "--study", "geometry", *words]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "VALUECOT_OUTPUTS": str(folder), **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def tables(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / "test/geometry/report" / name).read_bytes() for name in TABLES}
+
+
+def test_the_command_ends_with_the_companion(outputs):
+    assert (outputs / "study.txt").read_text().strip().splitlines()[-1].startswith("companion: ")
+    index = (outputs / "test/companion/index.html").read_text()
+    assert "machinery" in index and "llama" in index
+
+
+def test_tables_carry_units_and_evidence(outputs):
+    rows = list(csv.DictReader(open(outputs / "test/geometry/report/table2.csv")))
+    assert [r["arm"] for r in rows] == ["base", "standard", "annealing"]
+    assert float(rows[0]["paper lambda_max (nats)"]) == 3012.05 and float(rows[0]["paper SE over 3 subsets (nats)"]) == 64.08
+    for r in rows:
+        assert float(r["worst residual"]) <= 1e-2 and float(r["lambda_1 (nats)"]) >= float(r["lambda_2 (nats)"]) and r["subsets"] == "3"
+        assert r["lambda_1 SE over seeds (nats)"] == "", "one seed has no error over seeds"
+
+
+def test_landscapes_agree_with_the_spectrum(outputs):
+    for r in csv.DictReader(open(outputs / "test/geometry/report/landscape_checks.csv")):
+        assert float(r["relative_difference"]) < 0.02 and float(r["center_difference"]) < 1e-5
+
+
+def test_every_figure_has_its_picture(outputs):
+    report = outputs / "test/geometry/report"
+    for name in ("figure3", "figure4", "figure4_second_subset", "curves_sft", "curves_grpo"):
+        assert (report / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_pages_ask_no_other_host(outputs):
+    for page in (outputs / "test/companion").rglob("*.html"):
+        loads = re.findall(r'<(?:script|link|img|iframe|source)[^>]*?(?:src|href)="(https?:)?//[^"]*"', page.read_text())
+        assert not loads, f"{page.name} loads {loads[:3]}"
+
+
+def test_executed_notebooks_hold_no_path_of_this_machine(outputs):
+    for page in (outputs / "test/companion").rglob("*.html"):
+        text = page.read_text()
+        assert str(ROOT) + "/" not in text and str(Path.home()) + "/" not in text, page.name
+
+
+def test_a_second_run_does_nothing(outputs):
+    stamps = {p: p.stat().st_mtime_ns for p in (outputs / "test/geometry").rglob("run.json")}
+    again = study(outputs)
+    said, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, said
+    assert {p: p.stat().st_mtime_ns for p in (outputs / "test/geometry").rglob("run.json")} == stamps
+
+
+def test_snakemake_says_why(outputs, tmp_path):
+    copy = tmp_path / "test"
+    shutil.copytree(outputs / "test", copy)
+    text = json.loads((copy / "geometry/range/llama/all/seed0/run.json").read_text())
+    text["key"]["settings"] = "0" * 16
+    (copy / "geometry/range/llama/all/seed0/run.json").write_text(json.dumps(text))
+    env = {**os.environ, "VALUECOT_OUTPUTS": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-m", "valuecot.flow.study", "plan", "--profile", "test", "--study", "geometry"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert re.search(r"range · llama · seed 0\s+settings changed", done.stdout)
+    (copy / "geometry/range/llama/all/seed0/run.json").unlink()
+    done = subprocess.run([sys.executable, "-m", "snakemake", "-n", "--nolock", "--config", "profile=test"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert "reason: Missing output files" in done.stdout + done.stderr
+
+
+def test_a_failing_stage_keeps_its_notebook_and_the_rest(tmp_path):
+    run = study(tmp_path, "--set", "geometry.sft.max_length=8")
+    said, _ = run.communicate(timeout=300)
+    assert run.returncode != 0 and "raise geometry.sft.max_length" in said and "failed.ipynb" in said
+    folder = tmp_path / "test/geometry/sft/llama/standard/seed0"
+    assert (folder / "failed.ipynb").exists() and not (folder / "run.json").exists()
+    assert (tmp_path / "test/geometry/spectrum/llama/base/seed0/run.json").exists(), "the base arm does not need that stage"
+
+
+@pytest.mark.prove
+def test_cold_and_warm_starts_give_the_same_tables(outputs, tmp_path):
+    run = study(tmp_path, VALUECOT_COLD="1")
+    said, _ = run.communicate(timeout=1800)
+    assert run.returncode == 0, said[-3000:]
+    assert tables(tmp_path) == tables(outputs)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_moments_the_tables_are_the_same(outputs, tmp_path, seed):
+    rng, kills = random.Random(seed), 0
+    for _ in range(6):
+        run = study(tmp_path)
+        try:
+            said, _ = run.communicate(timeout=rng.uniform(15, 60))
+            assert run.returncode == 0, said[-3000:]
+            break
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL) if rng.random() < 0.5 else run.kill()
+            run.communicate()
+            kills += 1
+            time.sleep(rng.uniform(0, 2))
+    else:
+        run = study(tmp_path)
+        said, _ = run.communicate(timeout=900)
+        assert run.returncode == 0, said[-3000:]
+    assert kills and tables(tmp_path) == tables(outputs)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("stage", ["base_model", "sft", "reward_model", "grpo", "samples", "spectrum", "landscape", "report"])
+def test_each_stage_survives_a_kill(outputs, tmp_path, stage):
+    "The stage is killed in the middle, its half-written folder stays, and the next run replaces it."
+    shutil.copytree(outputs / "test", tmp_path / "test")
+    place = {"report": "report", "base_model": "base_model/llama/all/all", "reward_model": "reward_model/all/all/all"}.get(stage, f"{stage}/llama/standard/seed0")
+    folder = tmp_path / "test/geometry" / place
+    (folder / "run.json").unlink()
+    run = study(tmp_path, VALUECOT_COLD="1")
+    deadline = time.monotonic() + 120
+    while not (folder / "failed.ipynb").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.communicate()
+    assert not (folder / "run.json").exists() and (folder / "failed.ipynb").exists()
+    run = study(tmp_path)
+    said, _ = run.communicate(timeout=600)
+    assert run.returncode == 0, said[-3000:]
+    assert tables(tmp_path) == tables(outputs)

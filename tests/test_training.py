@@ -1,0 +1,182 @@
+"""Tokens, trainers and rewards: what is trained is what is generated and measured; a planted effect is found, a null one is not."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from valuecot.settings import GRPO, SFT, ModelShape, load
+from valuecot.text import well_formed
+from valuecot.training.grpo import checked, grpo_config, judge_reward, train_grpo
+from valuecot.training.models import conversation, encode, fix, load_model, render, save_model, scratch_model, targets, train_tokenizer
+from valuecot.training.judge import check_rewards, visible
+from valuecot.training.reward import faults, preference_pairs
+from valuecot.training.sampling import complete
+from valuecot.training.sft import accumulation, check_lengths, history_rows, sft_config, train_sft
+from valuecot.types import Arm, Prompt, Trace
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+WORDS = "Should I keep the ring that I found? Ask who lost it first. The user wants to keep it. Honesty comes first here."
+PROMPT = Prompt("p", "Should I keep the ring that I found?", "home", "care", "honesty", "open", "heldout", 0)
+TRACE = Trace("p", "standard", "rules", "care", "honesty", ("The user wants to keep it.",), "The user wants to keep it.", "Ask who lost it first.")
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3_5"])
+def family(request, tmp_path_factory):
+    fix(0)
+    tokenizer = train_tokenizer([WORDS] * 3, 320, empty_think=request.param == "qwen3_5")
+    model = scratch_model(ModelShape("scratch", request.param, 32, 2, 2, 1, 48, 320), tokenizer)
+    return save_model(model, tokenizer, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_prompt_is_a_prefix_and_trl_trains_the_tokens_that_curvature_scores(family, thinking, tmp_path):
+    from datasets import Dataset
+    from trl import SFTTrainer
+
+    model, tokenizer = load_model(family)
+    ours = encode(tokenizer, PROMPT, TRACE, thinking)
+    settings = SFT(1, 1, 1e-3, "cosine", 0.0, 0.0, 1.0, 256, 1)
+    trainer = SFTTrainer(model=model, args=sft_config(settings, 0, tmp_path), train_dataset=Dataset.from_list([conversation(PROMPT, TRACE, thinking)]), processing_class=tokenizer)
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    assert batch["input_ids"][0][: len(ours["input_ids"])].tolist() == ours["input_ids"].tolist()
+    assert batch["labels"][0][: len(ours["labels"])].tolist() == ours["labels"].tolist()
+    text = tokenizer.decode(ours["input_ids"][ours["labels"] != -100])
+    assert ("keep it.\n</think>" in text) == thinking and text.endswith("Ask who lost it first.<|end|>\n") and "<|user|>" not in text
+
+
+def test_generation_starts_where_training_did(family):
+    _, tokenizer = load_model(family)
+    for thinking in (True, False):
+        ours = encode(tokenizer, PROMPT, TRACE, thinking)
+        start = tokenizer(render(tokenizer, PROMPT.text, thinking), add_special_tokens=False)["input_ids"]
+        assert ours["input_ids"][: len(start)].tolist() == start and ours["labels"][len(start)] != -100
+        assert start.count(tokenizer.bos_token_id) == 1
+
+
+def test_think_tags_survive_decoding(family):
+    _, tokenizer = load_model(family)
+    ids = tokenizer("<think>\na\n</think>\n\nb", add_special_tokens=False)["input_ids"]
+    assert well_formed(tokenizer.decode(ids, skip_special_tokens=True), opened=False)
+
+
+def test_batched_generation_equals_one_by_one(family):
+    model, tokenizer = load_model(family)
+    texts = [render(tokenizer, t, True) for t in ("Should I?", "Should I keep the ring that I found? Ask who lost it first.", "The user")]
+    together = complete(model, tokenizer, texts, 12, 0.0, 3, seed=0)
+    assert together == [complete(model, tokenizer, [t], 12, 0.0, 1, seed=0)[0] for t in texts]
+
+
+def test_same_seed_same_bits(family, tmp_path):
+    settings = SFT(2, 2, 1e-2, "cosine", 0.1, 0.0, 1.0, 256, 2)
+    weights = []
+    for _ in range(2):
+        fix(3)
+        model, tokenizer = load_model(family)
+        train_sft(model, tokenizer, [conversation(PROMPT, TRACE, True)] * 4, settings, 3, tmp_path)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_micro_batches_do_not_change_the_update(family, tmp_path):
+    rows = [conversation(Prompt(f"p{i}", PROMPT.text * (i % 3 + 1), "h", "a", "b", ""), TRACE, True) for i in range(4)]
+    weights = []
+    for micro in (4, 2):
+        fix(0)
+        model, tokenizer = load_model(family)
+        train_sft(model, tokenizer, rows, SFT(1, 4, 1e-3, "constant_with_warmup", 0.0, 0.0, 1.0, 256, micro), 0, tmp_path)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.allclose(*weights, atol=2e-5)
+
+
+# ---- planted and null effects
+def run_grpo(family, reward, tmp_path, seed=0):
+    fix(seed)
+    model, tokenizer = load_model(family)
+    settings = GRPO(1, 32, 8, 0.01, 1e-2, "constant_with_warmup", 0.0, "grpo", "group", 0.2, 1, False, 1.0, 1.0, 10, 0.0, 1.0, 32)
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    log = train_grpo(model, tokenizer, [PROMPT.text] * 80, reward, settings, True, seed, tmp_path)
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return [e["reward"] for e in log if "reward" in e], float((after - before).norm())
+
+
+def test_a_reward_within_reach_rises_and_a_constant_one_teaches_nothing(family, tmp_path):
+    planted = lambda prompts, completions, **_: [float(c[-1]["content"].count("e")) for c in completions]
+    constant = lambda prompts, completions, **_: [1.0] * len(completions)
+    reward, moved = run_grpo(family, planted, tmp_path)
+    assert sum(reward[-5:]) / 5 > sum(reward[:5]) / 5 + 1, f"the planted reward did not rise: {reward}"
+    flat, drifted = run_grpo(family, constant, tmp_path)
+    assert set(flat) == {1.0} and drifted < 0.01 * moved, f"a constant reward moved the weights by {drifted} (planted: {moved})"
+
+
+# ---- rewards
+def test_a_reward_that_is_no_number_stops_the_run(family, tmp_path):
+    with pytest.raises(ValueError, match="gave nan for the prompt"):
+        check_rewards([float("nan")], ["May I?"])
+    bad = checked(lambda prompts, completions, **_: [float("nan")] * len(completions))
+    with pytest.raises(ValueError, match="gave nan"):
+        run_grpo(family, bad, tmp_path)
+
+
+def test_the_judge_sees_what_the_user_sees():
+    seen = []
+    judge = lambda prompts, responses: seen.append(list(responses)) or [1.0] * len(responses)
+    reward = judge_reward(judge, "response", thinking=True)
+    chat = lambda text: [{"role": "assistant", "content": text}]
+    reward([[{"role": "user", "content": "q"}]] * 2, [chat("a</think>b"), chat("never closed")])
+    assert seen == [["b", ""], ["a</think>b", "never closed"]]
+    assert visible("plain", opened=False) == "plain"
+
+
+def test_preference_pairs_share_the_faults():
+    prompts = [Prompt(f"p{i}", f"May I keep ring {i}?", "h", "a", "b", "") for i in range(5)]
+    traces = [Trace(p.id, "standard", "rules", "a", "b", ("x",), "x", f"Ask the owner of ring {i} first, please.") for i, p in enumerate(prompts)]
+    rows = preference_pairs(prompts, traces, 40, 0)
+    assert {f: sum(r["fault"] == f for r in rows) for f in faults} == dict.fromkeys(faults, 10)
+    assert all(r["chosen"] != r["rejected"] for r in rows) and rows == preference_pairs(prompts, traces, 40, 0)
+    with pytest.raises(ValueError, match="at least two prompts"):
+        preference_pairs(prompts[:1], traces[:1], 4, 0)
+
+
+# ---- bad input
+def test_bad_rows_are_refused(family, tmp_path):
+    model, tokenizer = load_model(family)
+    with pytest.raises(ValueError, match="raise geometry.sft.max_length"):
+        check_lengths([conversation(PROMPT, TRACE, True)], tokenizer, 8)
+    with pytest.raises(ValueError, match="no rows"):
+        train_sft(model, tokenizer, [], load("tiny")["geometry.sft"], 0, tmp_path)
+    with pytest.raises(ValueError, match="lower geometry.grpo.batch_size"):
+        train_grpo(model, tokenizer, ["one"], lambda **_: [], load("tiny")["geometry.grpo"], True, 0, tmp_path)
+    with pytest.raises(ValueError, match="choose one that divides"):
+        accumulation(8, 3, "geometry.grpo")
+    arm = Arm("standard", "Standard", "standard", "grpo", True, "annealing", "completion")
+    with pytest.raises(ValueError, match="0 have a annealing trace"):
+        targets(tokenizer, [PROMPT], [TRACE], arm, 0)
+    broken = Trace("p", "standard", "rules", "care", "honesty", ("a</think>",), "a</think>", "b")
+    with pytest.raises(ValueError, match="marks its border"):
+        encode(tokenizer, PROMPT, broken, True)
+
+
+def test_grpo_writes_out_what_trl_would_default(tmp_path):
+    config = grpo_config(load("paper")["geometry.grpo"], True, 0, tmp_path)
+    assert (config.loss_type, config.beta, config.use_bias_correction_kl, config.lr_scheduler_type, config.epsilon_high) == ("grpo", 0.1, False, "cosine", None)
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 8 and config.num_generations == 4
+
+
+# ---- real templates
+@pytest.mark.parametrize("name", ["Qwen3.5-0.8B", "meta-llama-Llama-3.2-3B-Instruct"])
+def test_real_chat_templates_keep_the_prefix_and_the_date(name):
+    tokenizers = SHARED / "tokenizers"
+    if not tokenizers.exists():
+        pytest.skip("no ../shared/data here")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers / ("qwen2.5" if "Qwen" in name else "llama3"))
+    tokenizer.chat_template = (SHARED / "chat_templates" / f"{name}.jinja").read_text()
+    text = render(tokenizer, PROMPT.text, True)
+    assert text.endswith("<think>\n") == ("Qwen" in name)
+    example = encode(tokenizer, PROMPT, TRACE, True)
+    scored = tokenizer.decode(example["input_ids"][example["labels"] != -100])
+    assert "The user wants to keep it.\n</think>" in scored and "Ask who lost it first." in scored
+    if "Llama" in name:
+        assert "26 Jul 2024" in text and example["input_ids"].tolist().count(tokenizer.convert_tokens_to_ids("<|begin_of_text|>")) == 1
