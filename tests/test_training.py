@@ -132,7 +132,7 @@ def test_preference_pairs_share_the_faults():
     prompts = [Prompt(f"p{i}", f"May I keep ring {i}?", "h", "a", "b", "") for i in range(5)]
     traces = [Trace(p.id, "standard", "rules", "a", "b", ("x",), "x", f"Ask the owner of ring {i} first, please.") for i, p in enumerate(prompts)]
     rows = preference_pairs(prompts, traces, 40, 0)
-    assert {f: sum(r["fault"] == f for r in rows) for f in faults} == dict.fromkeys(faults, 10)
+    assert {f: sum(r["fault"] == f for r in rows) for f in faults} == dict.fromkeys(faults, 8)
     assert all(r["chosen"] != r["rejected"] for r in rows) and rows == preference_pairs(prompts, traces, 40, 0)
     with pytest.raises(ValueError, match="at least two prompts"):
         preference_pairs(prompts[:1], traces[:1], 4, 0)

@@ -6,9 +6,9 @@
 __all__ = ['STAGES', 'ROOTS', 'ABSOLUTE', 'ANSI', 'TAGS', 'VOID', 'ATTRIBUTES', 'SILENT', 'HIDDEN_TAGS', 'stage_title',
            'stage_order', 'Page', 'found', 'scrub', 'scrubbed', 'Cleaner', 'clean', 'target', 'address', 'linked',
            'uncaptioned', 'figure_html', 'markdown_html', 'shown_output', 'directives', 'bare_imports', 'shown_cells',
-           'card_value', 'run_card', 'page_notebook', 'write_page', 'notice', 'listed', 'counted', 'what_was_run',
-           'stage_table', 'stage_docname', 'index_page', 'stage_page', 'add_libraries', 'write_sources', 'run_sphinx',
-           'swap', 'build', 'main']
+           'card_value', 'run_card', 'results_first', 'page_notebook', 'write_page', 'notice', 'listed', 'counted',
+           'what_was_run', 'stage_table', 'stage_docname', 'index_page', 'stage_page', 'add_libraries', 'write_sources',
+           'run_sphinx', 'swap', 'build', 'main']
 
 # %% ../../nbs/companion/90_pages.ipynb #2fd77625
 import ast
@@ -389,6 +389,21 @@ def run_card(
     block = f'<details class="vc-card mathjax_ignore tex2jax_ignore"><summary>{summary}</summary>{body}</details>'.replace("\n", "&#10;")
     return f"```{{raw}} html\n{block}\n```"
 
+# %% ../../nbs/companion/90_pages.ipynb #05bc9fb7
+def results_first(
+    cells: list,  # as shown
+) -> list:
+    "Introduction, results, then how they were made."
+    run = next((i for i, c in enumerate(cells) if c.cell_type == "markdown" and c.source.startswith("## Run")), None)
+    if run is None:
+        return cells
+    opening = next((i for i, c in enumerate(cells) if c.cell_type == "code" or c.source.startswith("## ")), run)
+    results = [c for c in cells[run + 1 :] if c.cell_type == "markdown" or c.outputs]
+    for cell in results:
+        if cell.cell_type == "code":
+            cell.metadata["tags"] = ["remove-input"]
+    return [*cells[:opening], *results, new_markdown_cell("## How it was made"), *[new_markdown_cell(re.sub(r"(?m)^## ", "### ", c.source)) if c.cell_type == "markdown" else c for c in cells[opening:run]]]
+
 # %% ../../nbs/companion/90_pages.ipynb #46a162e6
 def page_notebook(
     page: Page,
@@ -403,6 +418,8 @@ def page_notebook(
         for output in cell.get("outputs", []):
             output["text"] = "".join(output.get("text", ""))
     shown, title = shown_cells(cells, page, pages), page.title
+    if page.stage == "report":
+        shown = results_first(shown)
     first = next((c for c in shown if c.cell_type == "markdown" and c.source.startswith("# ")), None)
     if first:
         own, _, rest = first.source.partition("\n")
@@ -459,7 +476,10 @@ def counted(cards: Iterable[dict]) -> str:
         for name, value in (card.get("counts") or {}).items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 seen.setdefault(name, []).append(value)
-    texts = [f"{k} {min(v):,}" if min(v) == max(v) else f"{k} {min(v):,} to {max(v):,}" for k, v in seen.items()]
+    def text(value: int | float) -> str:
+        return f"{value:.3g}" if isinstance(value, float) else f"{value:,}"
+
+    texts = [f"{k} {text(min(v))}" if min(v) == max(v) else f"{k} {text(min(v))} to {text(max(v))}" for k, v in seen.items()]
     return escape_markdown(", ".join(texts).replace("_", " ")) if texts else "–"
 
 
@@ -472,11 +492,12 @@ def what_was_run(
     for study in dict.fromkeys(p.study for p in pages):
         own = [p for p in done if p.study == study]
         part = {i: listed(p.parts[i].removeprefix("seed") for p in own if len(p.parts) > i) for i in (2, 3, 4)}
-        size = {"counts": {k: v for p in own for k, v in (p.card.get("counts") or {}).items() if k in ("parameters", "prompts")}}
+        sizes = {"prompts": ("used", "prompts"), "base_model": ("parameters", "parameters per model")}  # stage -> its count, and what to call it
+        size = [{"counts": {sizes[p.stage][1]: (p.card.get("counts") or {}).get(sizes[p.stage][0])}} for p in own if p.stage in sizes]
         failed = sum(p.failed for p in pages if p.study == study)
         lines.append(
             f"**{escape_markdown(study)}**, profile **{escape_markdown(profile)}**: models {part[2]}; arms {part[3]}; seeds {part[4]}; "
-            f"{len(own)} runs complete, {failed} failed; sizes: {counted([size])}."
+            f"{len(own)} runs complete, {failed} failed; sizes: {counted(size)}."
         )
     revisions = dict.fromkeys(str(p.card.get("revision"))[:10] + (" with uncommitted changes" if p.card.get("dirty") else "") for p in done if p.card.get("revision"))
     lines.append(f"Revision: {listed(revisions)}." + (" The runs come from more than one revision." if len(revisions) > 1 else ""))

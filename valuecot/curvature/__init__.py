@@ -7,13 +7,13 @@ __all__ = ['LinearOperator', 'LossHessian', 'MatrixOperator', 'both_ends', 'top_
            'hutchinson_trace', 'eigenplane', 'quadratic', 'plane_radius', 'three_point_curvature', 'Curvature',
            'adaptive_sharpness', 'measure', 'pyhessian_eigenpairs']
 
-# %% ../../nbs/curvature/39_face.ipynb #bd93d769
-from .eigen import both_ends, top_eigenpairs
-from .operators import LinearOperator, LossHessian, MatrixOperator
-from .peers import pyhessian_eigenpairs
-from .plane import eigenplane, plane_radius, quadratic, three_point_curvature
-from .report import Curvature, adaptive_sharpness, measure
-from .stochastic import hutchinson_trace, spectral_density
+# %% ../../nbs/curvature/39_face.ipynb #8177345a
+from .eigen import both_ends, top_eigenpairs  # noqa: F401
+from .operators import LinearOperator, LossHessian, MatrixOperator  # noqa: F401
+from .peers import pyhessian_eigenpairs  # noqa: F401
+from .plane import eigenplane, plane_radius, quadratic, three_point_curvature  # noqa: F401
+from .report import Curvature, adaptive_sharpness, measure  # noqa: F401
+from .stochastic import hutchinson_trace, spectral_density  # noqa: F401
 
 # %% ../../nbs/curvature/39_face.ipynb #0d2688bd
 _all_ = [

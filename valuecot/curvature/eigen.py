@@ -160,8 +160,8 @@ def relative_to(
     "|lambda|; the scale of the spectrum where lambda is zero to float32; 1 for a zero matrix."
     return torch.where(values.abs() > 1e-6 * scale, values.abs(), torch.tensor(scale or 1.0, dtype=values.dtype))
 
-# %% ../../nbs/curvature/31_eigen.ipynb #2701fa01
-SMALL = 512  # parameters up to which a second look is always taken
+# %% ../../nbs/curvature/31_eigen.ipynb #30b922b5
+SMALL = 512  # parameters up to which every vector is held, and a second look is always taken
 
 
 def next_is_settled(
@@ -171,7 +171,7 @@ def next_is_settled(
     scale: float,
 ) -> bool:
     "Whether what lies behind the `k` wanted pairs is known well enough to rule out another copy of them."
-    return len(values) > k and bool(errors[k] <= max(0.1 * float(values[k].abs()), 1e-6 * scale))
+    return len(values) > k and bool(errors[k] <= max(1e-3 * float(values[k].abs()), 1e-6 * scale))
 
 
 def search(
@@ -188,7 +188,8 @@ def search(
         broken = broken or krylov.next is None
         values, mix, errors = krylov.ritz(which, k)
         behind = float(values[k]) if krylov.m > k else behind
-        settled = krylov.m >= k and bool((errors[:k] <= tol * relative_to(values[:k], krylov.scale)).all())
+        enough = (0.9 * tol * relative_to(values[:k], krylov.scale)).clamp(min=2e-7 * krylov.scale)  # float32 goes no lower
+        settled = krylov.m >= k and bool((errors[:k] <= enough).all())
         found = settled and (not looking or next_is_settled(values, errors, k, krylov.scale))
         if krylov.complete or krylov.products >= limit:
             break
@@ -229,7 +230,7 @@ def eigenpairs(
     max_matvecs: int,
 ) -> tuple[Krylov, Tensor, Tensor, float]:  # vectors in its first k rows; values (k,), relative residuals (k,), value behind
     "Grow, measure, and go on while measuring misses and going on helps."
-    krylov = Krylov(H, size=2 * k + 6, scratch=k, seed=seed)
+    krylov = Krylov(H, size=H.n if H.n <= SMALL else 2 * k + 6, scratch=k, seed=seed)
     worst = float("inf")
     while True:
         behind = search(krylov, k, tol, which, max_matvecs - k)

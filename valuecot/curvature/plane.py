@@ -140,7 +140,7 @@ def settled_step(
     while abs(now := bend(h)) > 1e-4:  # below, rounding of the loss shows in the third digit
         finer = bend(h / 2)
         h /= 2
-        if abs(4 * finer - now) <= 0.01 * abs(now):
+        if abs(4 * finer - now) <= 0.003 * abs(now):
             break
     return h
 

@@ -28,10 +28,22 @@ __all__ = ['shell', 'run_cell', 'engine', 'use_here', 'preload', 'work', 'serve'
 # %% ../../nbs/flow/13_warm.ipynb #6601ad8f
 def shell():
     "A fresh IPython shell that collects what is displayed."
+    from IPython.core.displayhook import DisplayHook
     from IPython.core.interactiveshell import InteractiveShell
 
+    class Hook(DisplayHook):
+        def __call__(self, result=None):  # a cell's last value is displayed like any other
+            if result is not None and not self.shell.muted:
+                self.shell.display_pub.publish(*self.shell.display_formatter.format(result))
+
     class Shell(InteractiveShell):
+        displayhook_class = Hook
+        muted = False
+
         def enable_gui(self, gui=None):  # no window system here
+            pass
+
+        def _showtraceback(self, *lines):  # the error becomes an output of its own
             pass
 
     Shell.clear_instance()
@@ -48,6 +60,7 @@ def run_cell(shell, source: str) -> tuple[list[dict], BaseException | None]:  # 
     from IPython.utils.capture import capture_output
     from nbformat.v4 import new_output
 
+    shell.muted = source.rstrip().endswith(";")
     with capture_output(display=True) as seen:
         done = shell.run_cell(source, store_history=False, silent=False)
     outputs = [new_output("stream", name=name, text=text) for name, text in (("stdout", seen.stdout), ("stderr", seen.stderr)) if text]

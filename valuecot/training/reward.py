@@ -23,8 +23,8 @@ from ..types import Prompt, Trace
 # %% auto #0
 __all__ = ['faults', 'spoil', 'preference_pairs', 'reward_shape', 'train_reward', 'accuracy']
 
-# %% ../../nbs/training/53_reward.ipynb #cfbc0b55
-faults = ("other prompt", "flat refusal", "broken off", "loop")
+# %% ../../nbs/training/53_reward.ipynb #fe6aed69
+faults = ("other prompt", "flat refusal", "broken off", "loop", "runs on")
 
 
 def spoil(response: str, fault: str, other: str, rng: random.Random) -> str:
@@ -35,8 +35,10 @@ def spoil(response: str, fault: str, other: str, rng: random.Random) -> str:
     if fault == "flat refusal":
         return rng.choice(["I cannot help with that.", "No. I will not do this.", "Sorry, I can say nothing about it."])
     if fault == "broken off":
-        return " ".join(words[: len(words) // 3])
-    return " ".join((words[: rng.randint(3, 5)] * 8)[:24])
+        return " ".join(words[: rng.choice([0, len(words) // 3])])  # nothing at all is what unclosed reasoning leaves to see
+    if fault == "runs on":
+        return f"{response} {other} {response}"
+    return " ".join((words[: rng.randint(3, 5)] * len(words))[: 2 * len(words)])
 
 # %% ../../nbs/training/53_reward.ipynb #395f6e8d
 def preference_pairs(prompts: list[Prompt], traces: list[Trace], n: int, seed: int) -> list[dict]:  # rows for TRL, with their fault
