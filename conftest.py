@@ -18,6 +18,13 @@ ROOT = Path(__file__).parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never ask a hub; without this each refusal takes five retries
+
+
+def pytest_configure(config):
+    "Scratch folders of runs by hand go where the session can delete them."
+    tempfile.tempdir = tempfile.mkdtemp(prefix="valuecot-test-")
+    config.add_cleanup(lambda: shutil.rmtree(tempfile.tempdir, ignore_errors=True))
 
 
 OUTPUTS = pytest.StashKey[Path]()

@@ -67,7 +67,8 @@ def read_records(path: Path, kind: type) -> list:  # of `kind`
     "Read JSON lines back into records of `kind`."
     hints = typing.get_type_hints(kind)
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold a line separator of its own
+    for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, 1):
         try:
             row = json.loads(line)
             rows.append(kind(**{k: restore(v, hints[k]) for k, v in row.items()}))

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -18,7 +20,7 @@ from .warm import server
 from ..settings import nearest, outputs, root
 
 # %% auto #0
-__all__ = ['studies', 'plans', 'show', 'command', 'run', 'report', 'main']
+__all__ = ['studies', 'plans', 'show', 'command', 'die_with_parent', 'run', 'report', 'main']
 
 # %% ../../nbs/flow/15_study.ipynb #db8f6250
 studies = ("geometry", "steerable")
@@ -71,6 +73,12 @@ def command(
     config = [f"profile={first.profile}", f"study={','.join(p.study for p in chosen)}", f"overrides={first.overrides}"]
     return [*words, "--config", *config]
 
+# %% ../../nbs/flow/15_study.ipynb #576787bb
+def die_with_parent() -> None:
+    "Have this process killed when its parent dies; only Linux offers that."
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
 # %% ../../nbs/flow/15_study.ipynb #af4f56f8
 def run(chosen: list[Plan], jobs: int, dry: bool = False, target: str = "all") -> int:  # exit status
     "Work through the plans, one study process at a time in this outputs folder."
@@ -85,7 +93,7 @@ def run(chosen: list[Plan], jobs: int, dry: bool = False, target: str = "all") -
         env = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
         waiting = any(why(p, j) for p in chosen for j in p.jobs())
         with server(env) if waiting and not dry else nullcontext({}) as warm:
-            status = subprocess.run(command(chosen, jobs, dry, target), env=env | warm, cwd=root()).returncode
+            status = subprocess.run(command(chosen, jobs, dry, target), env=env | warm, cwd=root(), preexec_fn=die_with_parent).returncode
     return 0 if dry or target != "all" else report(chosen, status)
 
 # %% ../../nbs/flow/15_study.ipynb #e7c237a9

@@ -86,7 +86,7 @@ def shown(table: pd.DataFrame) -> Html:
     pair = lambda mean, se: [with_se(m, s) for m, s in zip(table[mean], table[se], strict=True)]
     found = pd.DataFrame({
         "arm": table.label,
-        "paper λ_max ± SE (3 subsets)": pair("paper lambda_max (nats)", "paper SE over 3 subsets (nats)"),
+        "paper λ_max ± SE (3 subsets)": ["–" if pd.isna(m) else f"{m:.2f} ± {s:.2f}" for m, s in table[["paper lambda_max (nats)", "paper SE over 3 subsets (nats)"]].to_numpy().tolist()],
         "ours λ₁ ± SE (subsets)": pair("lambda_1 (nats)", "lambda_1 SE over subsets (nats)"),
         "ours λ₂ ± SE (subsets)": pair("lambda_2 (nats)", "lambda_2 SE over subsets (nats)"),
         "most negative λ": [f"{x:.3g}" for x in table["lambda_min (nats)"]],
@@ -200,6 +200,6 @@ def run_report(run: Run) -> dict[str, object]:  # name -> table or figure
             made[f"curves_{stage}"] = training_curves(part, f"{stage.upper()} curves", f"profile {run.profile}", interval)
     for name, figure in made.items():
         if isinstance(figure, Figure):
-            figure.save_png(run.out / f"{name}.png")
+            figure.save_png(run.out / f"{name}.png", dpi=150)
     finish(run, {"tables": sum(isinstance(v, pd.DataFrame) for v in made.values()), "figures": sum(isinstance(v, Figure) for v in made.values())})
     return made
