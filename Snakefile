@@ -3,10 +3,11 @@
 #   make study                                   runs it      snakemake -n           says what would run, and why
 #   snakemake --executor slurm --jobs 8 ...      on a cluster (add the executor's plugin)
 import os
+import shlex
 import sys
 
 sys.path.insert(0, workflow.basedir)
-from valuecot.flow.plan import Job, Plan, companion_key, stages
+from valuecot.flow.plan import Job, Plan, companion_stale, why
 
 PROFILE = str(config.get("profile", "tiny"))
 OVERRIDES = str(config.get("overrides") or "")
@@ -14,7 +15,7 @@ STUDIES = str(config.get("study", "geometry")).split(",")
 PLANS = {study: Plan(PROFILE, study, OVERRIDES) for study in STUDIES}
 OUT = os.path.relpath(PLANS[STUDIES[0]].folder)
 RUNS = [os.path.relpath(plan.run_file(job)) for plan in PLANS.values() for job in plan.jobs()]
-CALL = f"{sys.executable} -m valuecot.flow.run {PROFILE} {{params.job}} {{params.overrides:q}} 2> {{log}}"
+CALL = f"{sys.executable} -m valuecot.flow.run {PROFILE} {{params.job}} {shlex.quote(OVERRIDES)} 2> {{log}}"
 
 
 def job(stage, wildcards):
@@ -34,10 +35,19 @@ def needs(stage):
     return lambda w: [ancient(os.path.relpath(PLANS[w.study].run_file(j))) for j in PLANS[w.study].inputs(job(stage, w))]
 
 
-def key(stage):
-    part = lambda name: lambda w: PLANS[w.study].key(job(stage, w))[name]
-    parts = {name: part(name) for name in ("code", "settings", "files", "inputs")}
-    return {"job": lambda w: job(stage, w).path, "overrides": OVERRIDES, **parts}
+def path_of(stage):
+    return lambda w: job(stage, w).path
+
+
+# A run is stale when the key in its run.json is not the one that it has now: never because a file is newer, nor for want
+# of Snakemake's own records. Snakemake is told which runs are, and the reader why.
+STALE = {plan.run_file(j): f"{j.label}: {why(plan, j)}" for plan in PLANS.values() for j in plan.jobs() if plan.run_file(j).exists() and why(plan, j)}
+INDEX = f"{OUT}/companion/index.html"
+if os.path.exists(INDEX) and companion_stale(list(PLANS.values())):
+    STALE[INDEX] = "companion: what it shows, or how, changed"
+for reason in STALE.values():
+    print("stale:", reason, file=sys.stderr)
+workflow.dag_settings.forcerun = frozenset({*workflow.dag_settings.forcerun, *map(os.path.relpath, STALE)})
 
 
 wildcard_constraints:
@@ -53,7 +63,7 @@ rule all:
 rule base_model:
     input: needs("base_model")
     output: made("base_model")
-    params: **key("base_model")
+    params: job=path_of("base_model")
     log: log_of("base_model")
     shell: CALL
 
@@ -61,7 +71,7 @@ rule base_model:
 rule reward_model:
     input: needs("reward_model")
     output: made("reward_model")
-    params: **key("reward_model")
+    params: job=path_of("reward_model")
     log: log_of("reward_model")
     shell: CALL
 
@@ -69,7 +79,7 @@ rule reward_model:
 rule sft:
     input: needs("sft")
     output: made("sft")
-    params: **key("sft")
+    params: job=path_of("sft")
     log: log_of("sft")
     shell: CALL
 
@@ -77,7 +87,7 @@ rule sft:
 rule grpo:
     input: needs("grpo")
     output: made("grpo")
-    params: **key("grpo")
+    params: job=path_of("grpo")
     log: log_of("grpo")
     priority: 10  # the longest stage starts first
     shell: CALL
@@ -86,7 +96,7 @@ rule grpo:
 rule samples:
     input: needs("samples")
     output: made("samples")
-    params: **key("samples")
+    params: job=path_of("samples")
     log: log_of("samples")
     shell: CALL
 
@@ -95,7 +105,7 @@ rule samples:
 rule prompts:
     input: needs("prompts")
     output: made("prompts")
-    params: **key("prompts")
+    params: job=path_of("prompts")
     log: log_of("prompts")
     shell: CALL
 
@@ -103,7 +113,7 @@ rule prompts:
 rule traces:
     input: needs("traces")
     output: made("traces")
-    params: **key("traces")
+    params: job=path_of("traces")
     log: log_of("traces")
     shell: CALL
 
@@ -111,7 +121,7 @@ rule traces:
 rule spectrum:
     input: needs("spectrum")
     output: made("spectrum")
-    params: **key("spectrum")
+    params: job=path_of("spectrum")
     log: log_of("spectrum")
     priority: 5
     shell: CALL
@@ -120,7 +130,7 @@ rule spectrum:
 rule range:
     input: needs("range")
     output: made("range")
-    params: **key("range")
+    params: job=path_of("range")
     log: log_of("range")
     shell: CALL
 
@@ -128,7 +138,7 @@ rule range:
 rule landscape:
     input: needs("landscape")
     output: made("landscape")
-    params: **key("landscape")
+    params: job=path_of("landscape")
     log: log_of("landscape")
     shell: CALL
 
@@ -137,7 +147,7 @@ rule landscape:
 rule report:
     input: needs("report")
     output: f"{OUT}/{{study}}/report/run.json"
-    params: **key("report")
+    params: job=path_of("report")
     log: f"{OUT}/log/{{study}}-report.log"
     shell: CALL
 
@@ -145,6 +155,6 @@ rule report:
 rule companion:
     input: [ancient(path) for path in RUNS]
     output: f"{OUT}/companion/index.html"
-    params: key=companion_key(list(PLANS.values()))
+    params: overrides=shlex.quote(OVERRIDES), studies=",".join(STUDIES)
     log: f"{OUT}/log/companion.log"
-    shell: f"{sys.executable} -m valuecot.companion.pages {PROFILE} 2> {{log}}"
+    shell: f"{sys.executable} -m valuecot.companion.pages {PROFILE} 2> {{log}} && {sys.executable} -m valuecot.flow.plan {PROFILE} {{params.studies}} {{params.overrides}}"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from valuecot.flow import plan as plans
-from valuecot.flow.fingerprints import bare, fingerprint
+from valuecot.flow.fingerprints import bare
 from valuecot.flow.plan import Job, Plan, find_job, why
 from valuecot.flow.run import begin, check_complete, clear, execute, locked
 from valuecot.flow.study import main as study
@@ -63,6 +63,11 @@ def test_published_numbers_equal_the_reference():
     [
         ("geometry.sft.epochs=three", "not a whole number"),
         ("geometry.sft.epochs=-1", "not negative"),
+        ("geometry.sft.epochs=0", "at least 1"),
+        ("geometry.grpo.group_size=0", "at least 1"),
+        ("geometry.hessian.top_n=1", "needs two directions"),
+        ("arm.base.grpo=heldout", "never on held-out prompts"),
+        ("arm.standard.part=respons", "did you mean 'response'"),
         ("geometry.sft.learning_rate=inf", "finite"),
         ("geometry.sft.learning_rte=1", "did you mean 'geometry.sft.learning_rate'"),
         ("geometry.grpo.bias_correction_kl=maybe", "not yes or no"),
@@ -132,6 +137,7 @@ def test_reasoning_and_answers():
             completion_text(*bad)
     assert parse_answer("I say (A). Answer: none") is None
     assert [parse_answer(f"Answer:{x}") for x in ("**B**", " [c]", "\nD", " A1", "", " b")] == ["B", "C", "D", None, None, "B"]
+    assert [parse_answer(f"Answer: {x}") for x in ("a 'maybe' case", "a *really* good", "a (maybe)", "a, maybe")] == [None, None, None, "A"]
 
 
 def test_statistics_against_the_standard_library():
@@ -208,14 +214,9 @@ def copy(tmp_path, monkeypatch):
         shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path / name)
     monkeypatch.setenv("VALUECOT_ROOT", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    clear_caches()
+    plans.forget()
     yield tmp_path
-    clear_caches()
-
-
-def clear_caches():
-    for cached in (fingerprint, plans.stages, plans.key_of):
-        cached.cache_clear()
+    plans.forget()
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -225,7 +226,7 @@ def edit(path: Path, old: str, new: str) -> None:
 
 
 def changed_stages(before: dict) -> set[str]:
-    clear_caches()
+    plans.forget()
     plan = Plan("tiny", "geometry")
     return {j.stage for j in plan.jobs() if plan.key(j) != before[j]}
 
@@ -269,6 +270,11 @@ def test_inputs_must_be_complete_and_untouched(outputs, monkeypatch, tmp_path):
         file.write("\n")
     with pytest.raises(ValueError, match="not as its run left it"):
         check_complete("traces/all/all/all", place, plan)
+    with pytest.raises(ValueError, match="stale .settings changed"):
+        begin(plan.stages["sft"], "test", "llama", "standard", 0, overrides="geometry.traces.words=50")
+    whole = (place / "run.json").read_text()
+    (place / "run.json").write_text(whole[:50])
+    assert why(plan, job) == "its run.json is damaged"
     (place / "run.json").unlink()
     with pytest.raises(FileNotFoundError, match="half written.*make study"):
         begin(plan.stages["sft"], "test", "llama", "standard", 0)
@@ -312,6 +318,35 @@ def test_nothing_is_left_to_do_after_a_run(outputs, monkeypatch):
     monkeypatch.setenv("VALUECOT_OUTPUTS", str(outputs))
     plan = Plan("test", "geometry")
     assert [j.label for j in plan.jobs() if why(plan, j)] == []
+
+
+def test_local_weights_count_for_the_key(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+
+    def named() -> str:
+        plan = Plan("tiny", "geometry", f"model.llama.source={tmp_path}")
+        return plan.key(Job("geometry", "base_model", "llama"))["files"]
+
+    before = named()
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    plans.forget()
+    assert named() != before
+
+
+def test_an_edit_during_a_run_is_not_recorded_as_its_result(copy, monkeypatch, tmp_path):
+    import valuecot.flow.run as runs
+
+    monkeypatch.setenv("VALUECOT_OUTPUTS", str(tmp_path / "out"))
+    plan = Plan("test", "geometry")
+
+    def slow(notebook, out, parameters):
+        with open(copy / "valuecot/data/splits.py", "a") as file:
+            file.write("\nEDITED = 1\n")
+
+    monkeypatch.setattr(runs, "execute", slow)
+    with pytest.raises(RuntimeError, match="edited while it ran"):
+        runs.run_stage(plan, Job("geometry", "prompts"))
+    assert not plan.run_file(Job("geometry", "prompts")).exists()
 
 
 def test_a_folder_is_cleared_marker_first(tmp_path):

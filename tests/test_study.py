@@ -73,18 +73,39 @@ def test_a_second_run_does_nothing(outputs):
     assert {p: p.stat().st_mtime_ns for p in (outputs / "test/geometry").rglob("run.json")} == stamps
 
 
-def test_snakemake_says_why(outputs, tmp_path):
-    copy = tmp_path / "test"
-    shutil.copytree(outputs / "test", copy)
-    text = json.loads((copy / "geometry/range/llama/all/seed0/run.json").read_text())
-    text["key"]["settings"] = "0" * 16
-    (copy / "geometry/range/llama/all/seed0/run.json").write_text(json.dumps(text))
-    env = {**os.environ, "VALUECOT_OUTPUTS": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-m", "valuecot.flow.study", "plan", "--profile", "test", "--study", "geometry"], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert re.search(r"range · llama · seed 0\s+settings changed", done.stdout)
-    (copy / "geometry/range/llama/all/seed0/run.json").unlink()
-    done = subprocess.run([sys.executable, "-m", "snakemake", "-n", "--nolock", "--config", "profile=test"], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert re.search(r"rule range:.*?reason: \S+", done.stdout + done.stderr, re.DOTALL)
+def dry_run(folder: Path, **config: str) -> str:
+    words = [sys.executable, "-m", "snakemake", "-n", "--nolock", "--config", "profile=test", *(f"{k}={v}" for k, v in config.items())]
+    done = subprocess.run(words, cwd=ROOT, env={**os.environ, "VALUECOT_OUTPUTS": str(folder)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def planned(said: str) -> set[str]:
+    return set(re.findall(r"(?m)^(?:local)?rule (\w+):", said)) - {"all"}
+
+
+def test_snakemake_says_what_is_stale_and_why(outputs, tmp_path):
+    "In a folder that Snakemake has no records of, and with SET: exactly what the keys say."
+    shutil.copytree(outputs / "test", tmp_path / "test")
+    assert planned(dry_run(tmp_path)) == set()
+    said = dry_run(tmp_path, overrides="geometry.landscape.rise=0.5")
+    assert planned(said) == {"range", "landscape", "report", "companion"} and "stale: range · llama · seed 0: settings changed" in said
+    file = tmp_path / "test/geometry/samples/llama/base/seed0/run.json"
+    text = json.loads(file.read_text())
+    text["key"]["code"] = "0" * 16
+    file.write_text(json.dumps(text))
+    said = dry_run(tmp_path)
+    assert "stale: samples · llama · base · seed 0: code changed" in said and {"samples", "report"} <= planned(said)
+
+
+def test_a_changed_setting_reruns_what_depends_on_it_and_nothing_else(outputs, tmp_path):
+    shutil.copytree(outputs / "test", tmp_path / "test")
+    stamps = {p.parent: p.stat().st_mtime_ns for p in (tmp_path / "test/geometry").rglob("run.json")}
+    run = study(tmp_path, "--set", "geometry.landscape.rise=0.5")
+    said, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, said[-3000:]
+    again = {p.parent for p in (tmp_path / "test/geometry").rglob("run.json") if p.stat().st_mtime_ns != stamps[p.parent]}
+    assert {p.relative_to(tmp_path / "test/geometry").parts[0] for p in again} == {"range", "landscape", "report"}
 
 
 def test_a_failing_stage_keeps_its_notebook_and_the_rest(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from valuecot.settings import GRPO, SFT, ModelShape, load
 from valuecot.text import well_formed
 from valuecot.training.grpo import checked, grpo_config, judge_reward, train_grpo
-from valuecot.training.models import conversation, encode, fix, load_model, render, save_model, scratch_model, targets, train_tokenizer
+from valuecot.training.models import conversation, encode, fix, load_model, opens_thinking, render, save_model, scratch_model, targets, train_tokenizer
 from valuecot.training.judge import check_rewards, visible
 from valuecot.training.reward import faults, preference_pairs
 from valuecot.training.sampling import complete
@@ -121,7 +121,7 @@ def test_a_reward_that_is_no_number_stops_the_run(family, tmp_path):
 def test_the_judge_sees_what_the_user_sees():
     seen = []
     judge = lambda prompts, responses: seen.append(list(responses)) or [1.0] * len(responses)
-    reward = judge_reward(judge, "response", thinking=True)
+    reward = judge_reward(judge, "response", opened=True)
     chat = lambda text: [{"role": "assistant", "content": text}]
     reward([[{"role": "user", "content": "q"}]] * 2, [chat("a</think>b"), chat("never closed")])
     assert seen == [["b", ""], ["a</think>b", "never closed"]]
@@ -178,5 +178,6 @@ def test_real_chat_templates_keep_the_prefix_and_the_date(name):
     example = encode(tokenizer, PROMPT, TRACE, True)
     scored = tokenizer.decode(example["input_ids"][example["labels"] != -100])
     assert "The user wants to keep it.\n</think>" in scored and "Ask who lost it first." in scored
+    assert opens_thinking(tokenizer, True) == ("Qwen" in name)
     if "Llama" in name:
         assert "26 Jul 2024" in text and example["input_ids"].tolist().count(tokenizer.convert_tokens_to_ids("<|begin_of_text|>")) == 1

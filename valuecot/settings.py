@@ -16,8 +16,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from .types import Arm
 
 # %% auto #0
-__all__ = ['records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Data', 'Design', 'Traces', 'SFT', 'RewardModel',
-           'GRPO', 'Samples', 'Hessian', 'Grid', 'ModelShape', 'BaseModel', 'Steerable', 'SteerableSFT',
+__all__ = ['records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Weights', 'Data', 'Design', 'Traces', 'SFT',
+           'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'ModelShape', 'BaseModel', 'Steerable', 'SteerableSFT',
            'SteerableGRPO', 'Sampling', 'record_of', 'cast', 'published', 'read_file', 'put', 'parse_overrides',
            'typed', 'Settings', 'load', 'check_design']
 
@@ -47,6 +47,10 @@ def nearest(name: str, known: list[str], what: str) -> str:  # -> message for an
 # %% ../nbs/01_settings.ipynb #90f72e02
 class Source(str):
     "A known name, or a folder that the user names."
+
+
+class Weights(str):
+    "A Hugging Face id, a folder with weights, or \"scratch\"."
 
 # %% ../nbs/01_settings.ipynb #64085721
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class SFT:
 class RewardModel:
     "[geometry.reward_model]: the scalar judge of responses."
 
-    source: str  # a Hugging Face id, a folder, or "scratch"
+    source: Weights
     scope: Literal["response", "full"]
     pairs: int
     epochs: int
@@ -156,6 +160,10 @@ class Hessian:
     token_budget: int
     reduction: Literal["token", "example"]
 
+    def __post_init__(self):
+        if self.top_n < 2:
+            raise ValueError(f"geometry.hessian.top_n = {self.top_n}: the eigenplane needs two directions")
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -169,7 +177,7 @@ class Grid:
 class ModelShape:
     "[model.<name>]: a policy, by source or by shape."
 
-    source: str  # a Hugging Face id, a folder, or "scratch"
+    source: Weights
     architecture: Literal["llama", "qwen3_5"]
     hidden: int
     layers: int
@@ -291,6 +299,8 @@ def cast(
         raise ValueError(f"{where} = {text!r} is not {'a whole number' if kind is int else 'a number'}") from None
     if not 0 <= value < float("inf"):
         raise ValueError(f"{where} = {text!r} must be finite and not negative")
+    if kind is int and value == 0 and not where.endswith(("seed", "seeds", "top_k")):
+        raise ValueError(f"{where} = 0 would leave nothing to do: it counts something, so at least 1")
     return value
 
 # %% ../nbs/01_settings.ipynb #368eac45

@@ -66,6 +66,6 @@ def parse_answer(
     if not found:
         return None
     tail = text[found.end() :]
-    if found[1].isupper() or not tail.strip() or re.match(r"\s*[)\]}.,;:!?*_\"'`]", tail):
+    if found[1].isupper() or not tail.strip() or re.match(r"[)\]}.,;:!?*_\"'`]", tail):
         return found[1].upper()
     return None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +74,11 @@ class Arm(Shown):
     grpo: str  # splits whose prompts its reinforcement learning sees, joined by "+"
     thinking: bool  # prompts end inside an open <think>
     target: str  # trace style whose text the Hessian is taken over
-    part: str  # "completion" (reasoning and response) or "response"
+    part: Literal["completion", "response"]  # reasoning and response, or the response alone
+
+    def __post_init__(self):
+        if wrong := set(self.grpo.split("+")) - {"sft", "grpo"}:
+            raise ValueError(f"arm {self.name}: grpo = {self.grpo!r} names {', '.join(sorted(wrong)) or 'nothing'}; an arm trains on sft, grpo or sft+grpo, never on held-out prompts")
 
 # %% ../nbs/00_types.ipynb #64d9a672-4
 @dataclass(frozen=True)

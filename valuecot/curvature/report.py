@@ -66,7 +66,7 @@ class Curvature(Shown):
     adaptive_sharpness: float  # lambda_max(D H D), D = |theta|
     adaptive_residual: float  # its measured relative residual
     matvecs: int  # products spent on all of it
-    attribution: None = None  # not asked for
+    attribution: None = None  # not built yet
     warnings: tuple[str, ...] = ()
 
 # %% ../../nbs/curvature/34_measure.ipynb #bc069309

@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import ast
+import sys
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 
 from .fingerprints import bare, code_of, fingerprint, notebooks, reached
-from ..settings import Settings, Source, load, nearest, outputs, root
-from ..store import digest, hash_folder, read_json
+from ..settings import Settings, Source, Weights, load, nearest, outputs, root
+from ..store import digest, hash_folder, read_json, write_text
 
 # %% auto #0
-__all__ = ['Stage', 'declaration', 'stages', 'Job', 'Plan', 'named_files', 'key_of', 'why', 'find_job', 'companion_key']
+__all__ = ['Stage', 'declaration', 'stages', 'Job', 'Plan', 'named_files', 'key_of', 'forget', 'why', 'find_job',
+           'companion_stale', 'companion_key']
 
 # %% ../../nbs/flow/12_plan.ipynb #0ec2cc04
 @dataclass(frozen=True)
@@ -160,8 +162,10 @@ def named_files(settings: Settings) -> dict[str, str]:  # "section.key/file" -> 
     found = {}
     for section, record in settings.sections.items():
         for key, value in vars(record).items() if hasattr(record, "__dataclass_fields__") else ():
+            folder = root() / value if isinstance(value, Source | Weights) and value else Path()
+            if isinstance(value, Weights) and folder.is_dir():
+                found |= {f"{section}.{key}/{name}": sha for name, sha in hash_folder(folder).items()}
             if isinstance(value, Source) and value not in ("", "embedded", "github", "official"):
-                folder = root() / value
                 if not folder.is_dir():
                     raise FileNotFoundError(f"{section}.{key} = {str(value)!r}: no such folder (looked in {folder}); name a folder, or leave it as it was")
                 found |= {f"{section}.{key}/{name}": sha for name, sha in hash_folder(folder).items()}
@@ -180,12 +184,21 @@ def key_of(plan: Plan, job: Job) -> dict[str, str]:
     }
 
 
+def forget() -> None:
+    "Read code and folders anew at the next question."
+    for cached in (fingerprint, stages, key_of):
+        cached.cache_clear()
+
+
 def why(plan: Plan, job: Job) -> str:  # "" if it is up to date
     "Why `job` would run."
     file = plan.run_file(job)
     if not file.exists():
         return "never completed"
-    old, new = read_json(file).get("key", {}), plan.key(job)
+    try:
+        old, new = read_json(file).get("key", {}), plan.key(job)
+    except ValueError:
+        return "its run.json is damaged"
     return ", ".join(f"{part} changed" for part in new if old.get(part) != new[part])
 
 # %% ../../nbs/flow/12_plan.ipynb #3bfbaf4f
@@ -203,8 +216,19 @@ def find_job(plan: Plan, stage: str, model: str = "all", arm: str = "all", seed:
         raise ValueError(f"arm {arm!r} has no stage {stage!r}: its `{plan.stages[stage].only}` is empty in settings.ini")
     return job
 
-# %% ../../nbs/flow/12_plan.ipynb #6747f60e
+# %% ../../nbs/flow/12_plan.ipynb #4e3e95ec
+def companion_stale(plans: list[Plan]) -> bool:
+    "Whether the companion was built from something else than what would be there now."
+    file = plans[0].folder / "companion" / ".key"
+    return not file.exists() or file.read_text() != companion_key(plans)
+
+
 def companion_key(plans: list[Plan]) -> str:
     "Hash of everything that the companion shows and is made by."
     code = {n: bare(text) for n, text in reached("import valuecot.companion.pages").items()}
     return digest([{job.path: plan.key(job) for plan in plans for job in plan.jobs()}, code, hash_folder(root() / "docs")])
+
+# %% ../../nbs/flow/12_plan.ipynb #d5b22688
+if __name__ == "__main__":  # `python -m valuecot.flow.plan PROFILE STUDIES [OVERRIDES]`: the companion was just built
+    chosen = [Plan(sys.argv[1], study, " ".join(sys.argv[3:])) for study in sys.argv[2].split(",")]
+    write_text(chosen[0].folder / "companion" / ".key", companion_key(chosen))

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from importlib.metadata import distributions
 from pathlib import Path
 
-from .plan import Job, Plan, Stage, find_job, why
+from .plan import Job, Plan, Stage, find_job, forget, why
 from .warm import ask
 from ..settings import nearest, root
 from ..store import digest, hash_file, hash_folder, read_json, write_json
@@ -58,6 +58,8 @@ def check_complete(name: str, folder: Path, plan: Plan) -> None:
         notebook = plan.stages[stage].notebook.relative_to(root())
         half = "is half written" if folder.exists() else "does not exist"
         raise FileNotFoundError(f"this stage needs {name} of profile {plan.profile}, which {half}: run `make study PROFILE={plan.profile} STUDY={plan.study}`, or its notebook {notebook}")
+    if reason := why(plan, Job.read(f"{plan.study}/{name}")):
+        raise ValueError(f"{name} of profile {plan.profile} is stale ({reason}): run `make study` with these settings first")
     for path, sha in read_json(file)["files"].items():
         if not (folder / path).exists() or hash_file(folder / path) != sha:
             raise ValueError(f"{name}/{path} is not as its run left it: delete {name}/run.json and run `make study` again")
@@ -129,6 +131,7 @@ def run_stage(plan: Plan, job: Job) -> Path:  # the run's folder
         if not why(plan, job):  # an orphan of a killed study finished it meanwhile
             return folder
         clear(folder)
+        key = plan.key(job)  # before anything runs: what is edited meanwhile did not make this result
         stage, started = plan.stages[job.stage], time.monotonic()
         parameters = {"profile": plan.profile, "out": str(folder), "overrides": plan.overrides}
         parameters |= {level: getattr(job, level) for level in ("model", "arm") if level in stage.levels}
@@ -137,11 +140,14 @@ def run_stage(plan: Plan, job: Job) -> Path:  # the run's folder
         if stage.notebook.parent.name == "stages":
             parameters["study"] = job.study
         execute(stage.notebook, folder, parameters)
-        write_json(folder / "run.json", provenance(plan, job, parameters, time.monotonic() - started))
+        forget()
+        if Plan(plan.profile, plan.study, plan.overrides).key(job) != key:
+            raise RuntimeError(f"{job.label}: its code, settings or inputs were edited while it ran; run `make study` again")
+        write_json(folder / "run.json", provenance(plan, job, key, parameters, time.monotonic() - started))
     return folder
 
-# %% ../../nbs/flow/14_run.ipynb #39cc8806
-def provenance(plan: Plan, job: Job, parameters: dict[str, object], seconds: float) -> dict[str, object]:
+# %% ../../nbs/flow/14_run.ipynb #74d22e4d
+def provenance(plan: Plan, job: Job, key: dict[str, str], parameters: dict[str, object], seconds: float) -> dict[str, object]:
     "Contents of `run.json`."
     folder = plan.run_file(job).parent
     record = read_json(folder / "record.json") if (folder / "record.json").exists() else {}
@@ -151,7 +157,7 @@ def provenance(plan: Plan, job: Job, parameters: dict[str, object], seconds: flo
         "study": job.study, "stage": job.stage, "profile": plan.profile, "model": job.model, "arm": job.arm, "seed": job.seed,
         "notebook": str(plan.stages[job.stage].notebook.relative_to(root())),
         "parameters": {k: v for k, v in parameters.items() if k != "out"},
-        "settings": plan.reads(job).values(), "key": plan.key(job), "inputs": inputs,
+        "settings": plan.reads(job).values(), "key": key, "inputs": inputs,
         "files": hash_folder(folder, skip=("run.ipynb", "run.json")),
         "revision": commit, "dirty": dirty, **environment(),
         "device": record.get("device", "cpu"), "dtype": record.get("dtype", ""), "threads": os.environ.get("OMP_NUM_THREADS", ""),

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import configparser
 import ctypes
 import os
 import signal
@@ -67,9 +68,7 @@ def command(
     first = chosen[0]
     words = [sys.executable, "-m", "snakemake", target, "--cores", str(jobs), "--directory", str(root()), "--snakefile", str(root() / "Snakefile"), "--nolock"]
     words += ["--workflow-profile", str(root() / "profiles/default")]
-    stale = [str(p.run_file(j)) for p in chosen for j in p.jobs() if p.run_file(j).exists() and why(p, j)]
     words += ["--dry-run"] if dry else ["--quiet", "rules", "progress", "host"]
-    words += ["--forcerun", *stale] if stale and not dry else []
     config = [f"profile={first.profile}", f"study={','.join(p.study for p in chosen)}", f"overrides={first.overrides}"]
     return [*words, "--config", *config]
 
@@ -128,7 +127,7 @@ def main(argv: list[str]) -> int:  # exit status
         for plan in chosen:
             for job in plan.jobs():
                 plan.key(job)  # reads every setting and folder that is named, before anything runs
-    except (KeyError, ValueError, FileNotFoundError) as error:
+    except (KeyError, ValueError, FileNotFoundError, configparser.Error) as error:
         print(f"error: {error.args[0] if error.args else error}", file=sys.stderr)
         return 2
     if asked.action == "plan":

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .fingerprints import code_of, notebooks, reached
+from .fingerprints import code_of, fingerprint, notebooks, reached
 
 # %% auto #0
 __all__ = ['shell', 'run_cell', 'engine', 'use_here', 'preload', 'work', 'serve', 'server', 'ask']
@@ -109,6 +109,8 @@ def preload() -> None:
         importlib.import_module(library)
     stages = [p for p in notebooks() if p.parent.name in ("stages", "geometry", "steerable")]
     modules = sorted({m for p in stages for m in reached(code_of(p))})
+    for stage in stages:
+        fingerprint(stage, stage.stem.endswith("report"))  # of the code that is loaded now; forks inherit it
     for module in [*modules, "transformers.models.llama.modeling_llama", "transformers.models.qwen3_5.modeling_qwen3_5"]:
         importlib.import_module(module)
 

@@ -25,7 +25,7 @@ stage = Stage("landscape", levels=("model", "arm", "seed"), reads=("geometry.hes
 def checks(H: LossHessian, land: Landscape, spectrum: Spectrum) -> list[dict[str, float]]:  # one row per direction
     "Second differences against the eigenvalues."
     rows = []
-    for i, (value, vector) in enumerate(zip(spectrum.eigenvalues.tolist(), spectrum.eigenvectors, strict=True), 1):
+    for i, (value, vector) in enumerate(zip(spectrum.eigenvalues[:2].tolist(), spectrum.eigenvectors[:2], strict=True), 1):
         curvature, step = three_point_curvature(H, vector)
         rows.append({"direction": i, "eigenvalue": value, "three_point": curvature, "step": step, "relative_difference": abs(curvature - value) / abs(value), "center_difference": abs(land.center - H.loss)})
     return rows
@@ -44,7 +44,7 @@ def run_landscape(run: Run) -> dict[str, Landscape]:  # "subset0", "subset1"
     hessian, found, evidence = run.settings["geometry.hessian"], {}, []
     for subset in sorted({p.subset for p in prompts} - {-1})[:2]:
         H = LossHessian(model, targets(tokenizer, prompts, traces, arm, subset), reduction=hessian.reduction, token_budget=hessian.token_budget)
-        found[f"subset{subset}"] = eigenplane(H, spectrum.eigenvectors.to(device), axis, axis)
+        found[f"subset{subset}"] = eigenplane(H, spectrum.eigenvectors[:2].to(device), axis, axis)
         save_tensors(run.out / f"subset{subset}.safetensors", found[f"subset{subset}"])
         evidence = evidence or checks(H, found["subset0"], spectrum)
     write_json(run.out / "checks.json", evidence)

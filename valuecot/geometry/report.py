@@ -69,13 +69,14 @@ def eigenvalue_table(rows: pd.DataFrame, model: str, settings) -> pd.DataFrame:
         cell = rows[(rows.model == model) & (rows.arm == arm)]
         ours, peer = cell[cell.instrument == "valuecot"], cell[cell.instrument == "pyhessian"]
         paper = settings["published.geometry"].get(f"{model}.{arm}", (None, None))
-        (l1, s1), (l2, s2), (p1, q1) = spread(ours, "lambda_1", "subset"), spread(ours, "lambda_2", "subset"), spread(peer, "lambda_1", "subset")
+        (l1, s1), (l2, s2) = spread(ours, "lambda_1", "subset"), spread(ours, "lambda_2", "subset")
         table.append({
             "arm": arm, "label": settings[f"arm.{arm}"].label, "paper lambda_max (nats)": paper[0], "paper SE over 3 subsets (nats)": paper[1],
             "lambda_1 (nats)": l1, "lambda_1 SE over subsets (nats)": s1, "lambda_2 (nats)": l2, "lambda_2 SE over subsets (nats)": s2,
             "subsets": ours.subset.nunique(), "seeds": ours.seed.nunique(), "lambda_1 SE over seeds (nats)": spread(ours, "lambda_1", "seed")[1],
             "worst residual": float(ours[["residual_1", "residual_2"]].max(axis=None)), "products per subset": ours.matvecs.mean(), "lambda_min (nats)": spread(ours, "lambda_min", "subset")[0],
-            "PyHessian lambda_1 (nats)": p1, "PyHessian SE over subsets (nats)": q1, "PyHessian worst residual": float(peer[["residual_1", "residual_2"]].max(axis=None)), "PyHessian products per subset": peer.matvecs.mean(),
+            "planes ill-defined (of subsets)": int(ours.warnings.str.contains("ill-defined").sum()), "scored tokens per subset": ours.scored_tokens.mean(),
+            "PyHessian largest |lambda| by subset (nats)": "; ".join(f"{x:.4g}" for x in peer.lambda_1), "PyHessian worst residual": float(peer[["residual_1", "residual_2"]].max(axis=None)), "PyHessian products per subset": peer.matvecs.mean(),
             "loss (nats/token)": ours.loss.mean(), "gradient norm": ours.gradient_norm.mean(),
         })
     return pd.DataFrame(table)
@@ -92,12 +93,15 @@ def shown(table: pd.DataFrame) -> Html:
         "most negative λ": [f"{x:.3g}" for x in table["lambda_min (nats)"]],
         "worst residual": [f"{x:.1e}" for x in table["worst residual"]],
         "products": [f"{x:.0f}" for x in table["products per subset"]],
-        "PyHessian λ₁ ± SE (subsets)": pair("PyHessian lambda_1 (nats)", "PyHessian SE over subsets (nats)"),
+        "PyHessian, largest |λ| by subset": table["PyHessian largest |lambda| by subset (nats)"],
         "its worst residual": [f"{x:.1e}" for x in table["PyHessian worst residual"]],
         "its products": [f"{x:.0f}" for x in table["PyHessian products per subset"]],
         "loss (nats/token)": [f"{x:.3f}" for x in table["loss (nats/token)"]],
+        "gradient norm": [f"{x:.2g}" for x in table["gradient norm"]],
+        "scored tokens": [f"{x:.0f}" for x in table["scored tokens per subset"]],
+        "planes ill-defined": [f"{n} of {k}" for n, k in zip(table["planes ill-defined (of subsets)"], table.subsets * table.seeds, strict=True)],
     })
-    return to_html(found, f"λ in nats; n = {table.subsets.iloc[0]} subsets, {table.seeds.iloc[0]} training seed(s); products: Hessian-vector products per subset, verification included")
+    return to_html(found, f"λ in nats; n = {table.subsets.iloc[0]} subsets, {table.seeds.iloc[0]} training seed(s); products: Hessian-vector products per subset; ours buy both ends of the spectrum and their verification, PyHessian's its own loop alone")
 
 # %% ../../nbs/geometry/90_report.ipynb #d7e0d636
 titles = {"figure1": ("qwen", surfaces), "figure2": ("qwen", contours), "figure3": ("llama", contours), "figure4": ("llama", surfaces)}
@@ -106,14 +110,17 @@ titles = {"figure1": ("qwen", surfaces), "figure2": ("qwen", contours), "figure3
 def landscape_figure(run: Run, model: str, draw: Callable[..., Figure], subset: int, title: str) -> Figure:
     "All arms of a family on one range."
     settings, seed = run.settings, run.settings["geometry.design"].seeds[0]
-    lands, values = {}, {}
+    lands, values, loose = {}, {}, {}
     for arm in settings["geometry.design"].arms:
         label, cell = settings[f"arm.{arm}"].label, f"{model}/{arm}/seed{seed}"
         lands[label] = load_tensors(run.inputs[f"landscape/{cell}"] / f"subset{subset}.safetensors", Landscape)
         rows = read_json(run.inputs[f"spectrum/{cell}"] / "spectrum.json")
-        values[label] = next((r["lambda_1"], r["lambda_2"]) for r in rows if r["instrument"] == "valuecot" and r["subset"] == 0)
+        ours = next(r for r in rows if r["instrument"] == "valuecot" and r["subset"] == 0)
+        values[label], loose[label] = (ours["lambda_1"], ours["lambda_2"]), any("ill-defined" in w for w in ours["warnings"])
     chosen = "the subset that chose the plane" if subset == 0 else "the second subset, which did not choose the plane"
-    caption = f"{model}, profile {run.profile}, training seed {seed}, loss on {chosen} (n = {settings['geometry'].prompts_per_subset} prompts)"
+    unsure = [label for label, warned in loose.items() if warned]
+    doubt = f" λ₃ is within 5 % of λ₂ for {', '.join(unsure)}: that plane is one of several." if unsure else ""
+    caption = f"{model}, profile {run.profile}, training seed {seed}, loss on {chosen} (n = {settings['geometry'].prompts_per_subset} prompts).{doubt}"
     return draw(lands, values, title, caption)
 
 
@@ -184,7 +191,7 @@ def run_report(run: Run) -> dict[str, object]:  # name -> table or figure
     "Write every table as CSV and every figure as PNG."
     settings, made = run.settings, {}
     made["prompts"] = write_table(run, "prompts", pd.DataFrame(read_json(run.inputs["prompts/all/all/all"] / "counts.json")))
-    rows = write_table(run, "spectrum", collect(run, "spectrum", lambda folder: [{k: v for k, v in r.items() if k != "warnings"} for r in read_json(folder / "spectrum.json")]))
+    rows = write_table(run, "spectrum", collect(run, "spectrum", lambda folder: [r | {"warnings": "; ".join(r["warnings"])} for r in read_json(folder / "spectrum.json")]))
     for name, model in {"table1": "qwen", "table2": "llama"}.items():
         if model in settings["geometry.design"].models:
             made[name] = write_table(run, name, eigenvalue_table(rows, model, settings))

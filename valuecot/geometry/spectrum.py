@@ -28,7 +28,7 @@ def row(instrument: str, subset: int, found: Spectrum, lambda_min: float | None 
     r1, r2 = (float(x) for x in found.residuals[:2])
     return {
         "instrument": instrument, "subset": subset, "lambda_1": first, "lambda_2": second, "residual_1": r1, "residual_2": r2, "matvecs": found.matvecs,
-        "lambda_min": lambda_min, "lambda_3": found.next_value, "loss": found.loss, "gradient_norm": found.gradient_norm, "warnings": list(found.warnings), "examples": found.examples,
+        "lambda_min": lambda_min, "lambda_3": found.next_value, "loss": found.loss, "gradient_norm": found.gradient_norm, "warnings": list(found.warnings), "examples": found.examples, "converged": bool(found.converged.all()),
     }
 
 
@@ -51,6 +51,7 @@ def run_spectrum(run: Run) -> list[dict]:  # rows of the table
         examples = targets(tokenizer, prompts, traces, arm, subset)
         tokens[str(subset)] = sum(int((e["labels"][1:] != -100).sum()) for e in examples)
         ours, found = measure_subset(model, examples, settings, subset)
+        found = [r | {"scored_tokens": tokens[str(subset)]} for r in found]
         save_tensors(run.out / f"subset{subset}.safetensors", ours)
         rows += found
     write_json(run.out / "spectrum.json", rows)

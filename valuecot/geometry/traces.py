@@ -32,21 +32,23 @@ def write_traces(prompts: list[Prompt], teachers: tuple[str, ...], words: int) -
     desks = {name: teacher(name, words=words) for name in teachers}
     return [desks[assigned(p, teachers)].trace(p, style) for p in prompts for style in styles]
 
-# %% ../../nbs/geometry/20_traces.ipynb #32f63afa
-def audit(prompts: list[Prompt], traces: list[Trace]) -> list[dict[str, object]]:  # rows: teacher, style, problem, count
+# %% ../../nbs/geometry/20_traces.ipynb #dddea400
+def audit(prompts: list[Prompt], traces: list[Trace], words: int) -> list[dict[str, object]]:  # rows: teacher, style, problem, count
     "Violations of appendix D's constraints, counted."
     texts = {p.id: p for p in prompts}
-    found = Counter((t.teacher, t.style, problem.split(":")[0]) for t in traces for problem in check_trace(texts[t.prompt_id], t))
+    found = Counter((t.teacher, t.style, problem.split(":")[0]) for t in traces for problem in check_trace(texts[t.prompt_id], t, words))
     return [{"teacher": a, "style": b, "problem": c, "count": n} for (a, b, c), n in sorted(found.items())]
 
 
 def run_traces(run: Run) -> list[Trace]:
     "Write and save the traces of the SFT and held-out prompts."
     settings = run.settings["geometry.traces"]
+    if settings.templates and set(settings.teachers) == {"rules"}:
+        raise ValueError(f"geometry.traces.templates = {str(settings.templates)!r} would do nothing: the rules teacher reads no template, and live teachers are not available yet")
     prompts = [p for p in read_records(run.inputs["prompts/all/all/all"] / "prompts.jsonl", Prompt) if p.split in ("sft", "heldout")]
     traces = write_traces(prompts, settings.teachers, settings.words)
     write_records(run.out / "traces.jsonl", traces)
-    problems = audit(prompts, traces)
+    problems = audit(prompts, traces, settings.words)
     write_json(run.out / "audit.json", problems)
     finish(run, {"prompts": len(prompts), "traces": len(traces), "problems": sum(p["count"] for p in problems)})
     return traces

@@ -10,7 +10,7 @@ from ..flow.plan import Stage
 from ..flow.run import begin, finish
 from ..store import read_records
 from ..training.grpo import judge_reward, train_grpo
-from ..training.models import fix, load_model, parameter_count, save_model
+from ..training.models import fix, load_model, opens_thinking, parameter_count, save_model
 from ..training.judge import ScalarReward
 from ..training.sft import history_rows, save_history
 from ..types import Checkpoint, Prompt, Run
@@ -30,7 +30,7 @@ def run_grpo(run: Run) -> Checkpoint:
     prompts = [p for p in read_records(run.inputs["prompts/all/all/all"] / "prompts.jsonl", Prompt) if p.split in arm.grpo.split("+")]
     model, tokenizer = load_model(run.inputs[start(run)] / "model", device)
     judge = ScalarReward(run.inputs["reward_model/all/all/all"] / "model", device)
-    reward = judge_reward(judge, run.settings[f"{run.study}.reward_model"].scope, arm.thinking)
+    reward = judge_reward(judge, run.settings[f"{run.study}.reward_model"].scope, opens_thinking(tokenizer, arm.thinking))
     log = train_grpo(model, tokenizer, [p.text for p in prompts], reward, settings, arm.thinking, run.seed, run.out / "trainer", device)
     save_history(log, run.out / "history.jsonl")
     save_model(model, tokenizer, run.out / "model")

@@ -18,13 +18,13 @@ from ..types import Prompt, Rollout, Run
 # %% ../../nbs/stages/45_samples.ipynb #3a502338
 stage = Stage("samples", levels=("model", "arm", "seed"), reads=("{study}.samples", "{study}.grpo", "arm.{arm}"), inputs=("prompts", "reward_model", "grpo"))
 
-# %% ../../nbs/stages/45_samples.ipynb #d515814d
-def summary(found: list[Rollout]) -> dict[str, object]:
-    "Rates with 95 % Wilson intervals, reward with its standard error over prompts."
+# %% ../../nbs/stages/45_samples.ipynb #cf51e1a8
+def summary(found: list[Rollout], thinking: bool) -> dict[str, object]:
+    "Rates with 95 % Wilson intervals, reward with its standard error over prompts; an arm that is not asked to think has no format rate."
     good, cut = sum(r.well_formed for r in found), sum(r.truncated for r in found)
     reward = mean_se([r.reward for r in found], "prompts")
     return {
-        "prompts": len(found), "well_formed": good / len(found), "well_formed_interval": wilson(good, len(found)), "truncated": cut / len(found),
+        "prompts": len(found), "well_formed": good / len(found) if thinking else None, "well_formed_interval": wilson(good, len(found)) if thinking else (None, None), "truncated": cut / len(found),
         "reward": reward.mean, "reward_se": reward.se, "tokens": mean_se([r.tokens for r in found], "prompts").mean,
     }
 
@@ -38,6 +38,6 @@ def run_samples(run: Run) -> list[Rollout]:
     judge = ScalarReward(run.inputs["reward_model/all/all/all"] / "model", device)
     found = rollouts(model, tokenizer, prompts, arm.thinking, judge, run.settings[f"{run.study}.grpo"].max_completion_length, settings.temperature, settings.batch_size, run.seed)
     write_records(run.out / "rollouts.jsonl", found)
-    write_json(run.out / "summary.json", summary(found))
-    finish(run, summary(found), device, str(model.dtype))
+    write_json(run.out / "summary.json", summary(found, arm.thinking))
+    finish(run, summary(found, arm.thinking), device, str(model.dtype))
     return found

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from ..settings import GRPO
@@ -19,7 +18,7 @@ from .models import template_options
 from .sft import accumulation, common, fit
 
 # %% auto #0
-__all__ = ['grpo_config', 'judge_reward', 'checked', 'StopOnNaN', 'train_grpo']
+__all__ = ['grpo_config', 'judge_reward', 'checked', 'train_grpo']
 
 # %% ../../nbs/training/54_grpo.ipynb #3b2eef47
 def grpo_config(settings: GRPO, thinking: bool, seed: int, out: Path, device: str = "cpu") -> GRPOConfig:
@@ -35,14 +34,14 @@ def grpo_config(settings: GRPO, thinking: bool, seed: int, out: Path, device: st
         disable_dropout=False, sync_ref_model=False, entropy_coef=0.0, shuffle_dataset=True, use_vllm=False, log_completions=False, chat_template_kwargs=template_options(thinking),
     )
 
-# %% ../../nbs/training/54_grpo.ipynb #4b0bd680
-def judge_reward(judge: ScalarReward, scope: str, thinking: bool) -> Callable[..., list[float]]:
+# %% ../../nbs/training/54_grpo.ipynb #c3921ca2
+def judge_reward(judge: ScalarReward, scope: str, opened: bool) -> Callable[..., list[float]]:
     "Reward function for TRL from a scalar judge."
 
     def reward(prompts, completions, log_metric=None, **columns) -> list[float]:
         texts = [p[-1]["content"] for p in prompts]
         written = [c[-1]["content"] for c in completions]
-        scores = {"response": judge(texts, [visible(w, thinking) for w in written]), "full": judge(texts, written)}
+        scores = {"response": judge(texts, [visible(w, opened) for w in written]), "full": judge(texts, written)}
         other = "full" if scope == "response" else "response"
         if log_metric:
             log_metric(f"reward_{other}", sum(scores[other]) / len(texts))
@@ -60,17 +59,7 @@ def checked(reward: Callable[..., list[float]]) -> Callable[..., list[float]]:
     wrapped.__name__ = getattr(reward, "__name__", "reward")
     return wrapped
 
-# %% ../../nbs/training/54_grpo.ipynb #19ba5ffd
-class StopOnNaN(TrainerCallback):
-    "Stop with a clear message when a logged loss or gradient is not finite."
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        for name in ("loss", "grad_norm", "reward"):
-            value = (logs or {}).get(name, 0.0)
-            if value != value or abs(value) == float("inf"):
-                raise RuntimeError(f"{name} became {value} at step {state.global_step}: lower the learning rate, or look at the completions of the step before")
-
-
+# %% ../../nbs/training/54_grpo.ipynb #e51d4d0a
 def train_grpo(model, tokenizer, prompts: list[str], reward: Callable[..., list[float]], settings: GRPO, thinking: bool, seed: int, out: Path, device: str = "cpu") -> list[dict]:  # history
     "Train `model` in place; it must come from disk, where the reference policy is read again."
     if not prompts:
@@ -80,5 +69,5 @@ def train_grpo(model, tokenizer, prompts: list[str], reward: Callable[..., list[
         raise ValueError(f"{len(prompts)} prompts are fewer than one update needs ({per_update}): lower geometry.grpo.batch_size")
     rows = Dataset.from_list([{"prompt": [{"role": "user", "content": p}]} for p in prompts])
     config = grpo_config(settings, thinking, seed, out, device)
-    trainer = GRPOTrainer(model=model, reward_funcs=[checked(reward)], args=config, train_dataset=rows, processing_class=tokenizer, callbacks=[StopOnNaN()])
+    trainer = GRPOTrainer(model=model, reward_funcs=[checked(reward)], args=config, train_dataset=rows, processing_class=tokenizer)
     return fit(trainer)

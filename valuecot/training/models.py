@@ -19,8 +19,9 @@ from ..text import completion_text
 from ..types import Arm, Prompt, Trace
 
 # %% auto #0
-__all__ = ['pattern', 'marks', 'fix', 'chat_template', 'train_tokenizer', 'render', 'template_options', 'conversation', 'encode',
-           'targets', 'scratch_config', 'scratch_model', 'parameter_count', 'save_model', 'load_model']
+__all__ = ['pattern', 'marks', 'fix', 'chat_template', 'train_tokenizer', 'render', 'opens_thinking', 'template_options',
+           'conversation', 'encode', 'targets', 'scratch_config', 'scratch_model', 'parameter_count', 'save_model',
+           'load_model']
 
 # %% ../../nbs/training/50_models.ipynb #df8a787c
 def fix(seed: int) -> torch.device:  # the device to use
@@ -65,6 +66,11 @@ def render(tokenizer, prompt: str, thinking: bool) -> str:
     "Prompt text up to the first token that the model writes."
     chat = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **template_options(thinking))
+
+
+def opens_thinking(tokenizer, thinking: bool) -> bool:
+    "Whether the template itself writes the opening tag, so that completions start inside the reasoning."
+    return render(tokenizer, "?", thinking).rstrip().endswith("<think>")
 
 
 def template_options(thinking: bool) -> dict[str, object]:
@@ -132,6 +138,8 @@ def parameter_count(model) -> int:
 # %% ../../nbs/training/50_models.ipynb #92d8e17d
 def save_model(model, tokenizer, folder: Path) -> Path:
     "Write model and tokenizer as safetensors and JSON."
+    if wrong := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
+        raise ValueError(f"{len(wrong)} weights are not finite, first {wrong[0]}: training diverged, lower the learning rate")
     model.config.use_cache = True
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

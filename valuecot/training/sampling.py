@@ -9,7 +9,7 @@ import torch
 
 from ..text import split_reasoning, well_formed
 from .judge import ScalarReward
-from .models import render
+from .models import opens_thinking, render
 from ..types import Prompt, Rollout
 
 # %% auto #0
@@ -38,9 +38,10 @@ def complete(model, tokenizer, texts: list[str], longest: int, temperature: floa
 def rollouts(model, tokenizer, prompts: list[Prompt], thinking: bool, judge: ScalarReward, longest: int, temperature: float, batch_size: int, seed: int) -> list[Rollout]:
     "One scored completion for each prompt."
     written = complete(model, tokenizer, [render(tokenizer, p.text, thinking) for p in prompts], longest, temperature, batch_size, seed)
-    parts = [split_reasoning(("<think>" if thinking else "") + text) for text, _, _ in written]
+    opened = opens_thinking(tokenizer, thinking)
+    parts = [split_reasoning(("<think>" if opened else "") + text) for text, _, _ in written]
     texts = [p.text for p in prompts]
     seen = judge(texts, [response or "" for _, response in parts])
     full = judge(texts, [text for text, _, _ in written])
     rows = zip(prompts, written, parts, seen, full, strict=True)
-    return [Rollout(p.id, text, *part, a, b, tokens, cut, well_formed(text, opened=thinking)) for p, (text, tokens, cut), part, a, b in rows]
+    return [Rollout(p.id, text, *part, a, b, tokens, cut, well_formed(text, opened=opened)) for p, (text, tokens, cut), part, a, b in rows]

@@ -9,15 +9,15 @@ import json
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from ..settings import SFT, BaseModel
 from ..store import write_text
 
 # %% auto #0
-__all__ = ['names', 'common', 'fit', 'accumulation', 'sft_config', 'check_lengths', 'train_sft', 'pretrain', 'history_rows',
-           'save_history']
+__all__ = ['names', 'common', 'StopOnNaN', 'fit', 'accumulation', 'sft_config', 'check_lengths', 'train_sft', 'pretrain',
+           'history_rows', 'save_history']
 
 # %% ../../nbs/training/51_sft.ipynb #73b48ea6
 def common(device: str, seed: int, out: Path) -> dict[str, object]:
@@ -25,13 +25,24 @@ def common(device: str, seed: int, out: Path) -> dict[str, object]:
     return dict(
         output_dir=str(out), seed=seed, data_seed=seed, use_cpu=device == "cpu", bf16=False, fp16=False, activation_checkpointing=False,
         gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="steps", logging_steps=1, disable_tqdm=True,
-        optim="adamw_torch", adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8, dataloader_num_workers=0, dataloader_pin_memory=False, push_to_hub=False,
+        optim="adamw_torch", adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8, dataloader_num_workers=0, dataloader_pin_memory=False, push_to_hub=False, logging_nan_inf_filter=False,
     )
 
-# %% ../../nbs/training/51_sft.ipynb #1a1e282b
+# %% ../../nbs/training/51_sft.ipynb #71cff704
+class StopOnNaN(TrainerCallback):
+    "Stop with a clear message when a logged loss, gradient or reward is not finite."
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for name in ("loss", "grad_norm", "reward"):
+            value = float((logs or {}).get(name, 0.0))
+            if value != value or abs(value) == float("inf"):
+                raise RuntimeError(f"{name} became {value} at step {state.global_step}: lower the learning rate, or look at the rows of the step before")
+
+
 def fit(trainer) -> list[dict]:  # log history
     "Run `trainer` without printing each step."
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(StopOnNaN())
     trainer.train()
     return trainer.state.log_history
 
@@ -93,7 +104,7 @@ def pretrain(model, tokenizer, texts: list[str], settings: BaseModel, seed: int,
 # %% ../../nbs/training/51_sft.ipynb #662d94c4
 names = {
     "loss": "loss", "mean_token_accuracy": "token_accuracy", "entropy": "entropy", "grad_norm": "gradient_norm", "learning_rate": "learning_rate",
-    "reward": "reward", "reward_std": "reward_std", "kl": "kl", "completions/mean_length": "completion_length", "completions/clipped_ratio": "truncated", "accuracy": "accuracy",
+    "reward": "reward", "reward_std": "reward_std", "reward_full": "reward_full", "reward_response": "reward_response", "kl": "kl", "completions/mean_length": "completion_length", "completions/clipped_ratio": "truncated", "accuracy": "accuracy",
 }
 
 
