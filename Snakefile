@@ -5,9 +5,10 @@
 import os
 import shlex
 import sys
+from pathlib import Path
 
 sys.path.insert(0, workflow.basedir)
-from valuecot.flow.plan import Job, Plan, companion_stale, why
+from valuecot.flow.plan import Job, Plan, companion_key, companion_stale, key_file, mark, put_in_order, why
 
 PROFILE = str(config.get("profile", "tiny"))
 OVERRIDES = str(config.get("overrides") or "")
@@ -32,7 +33,11 @@ def log_of(stage):
 
 
 def needs(stage):
-    return lambda w: [ancient(os.path.relpath(PLANS[w.study].run_file(j))) for j in PLANS[w.study].inputs(job(stage, w))]
+    def inputs(w):
+        plan, this = PLANS[w.study], job(stage, w)
+        return [*[os.path.relpath(plan.run_file(j)) for j in plan.inputs(this)], os.path.relpath(key_file(plan, this))]
+
+    return inputs
 
 
 def path_of(stage):
@@ -40,14 +45,16 @@ def path_of(stage):
 
 
 # A run is stale when the key in its run.json is not the one that it has now: never because a file is newer, nor for want
-# of Snakemake's own records. Snakemake is told which runs are, and the reader why.
-STALE = {plan.run_file(j): f"{j.label}: {why(plan, j)}" for plan in PLANS.values() for j in plan.jobs() if plan.run_file(j).exists() and why(plan, j)}
+# of Snakemake's own records. Each product has a key file, dated after it exactly when it is stale; the products themselves
+# are dated in the order of the plan.
 INDEX = f"{OUT}/companion/index.html"
-if os.path.exists(INDEX) and companion_stale(list(PLANS.values())):
-    STALE[INDEX] = "companion: what it shows, or how, changed"
-for reason in STALE.values():
-    print("stale:", reason, file=sys.stderr)
-workflow.dag_settings.forcerun = frozenset({*workflow.dag_settings.forcerun, *map(os.path.relpath, STALE)})
+put_in_order(list(PLANS.values()), Path(INDEX))
+for plan in PLANS.values():
+    for j in plan.jobs():
+        key_file(plan, j)
+        if plan.run_file(j).exists() and why(plan, j):
+            print(f"stale: {j.label}: {why(plan, j)}", file=sys.stderr)
+COMPANION_KEY = os.path.relpath(mark(PLANS[STUDIES[0]].folder / ".keys" / "companion", Path(INDEX), companion_key(list(PLANS.values())), "companion changed" if companion_stale(list(PLANS.values())) else ""))
 
 
 wildcard_constraints:
@@ -153,7 +160,7 @@ rule report:
 
 
 rule companion:
-    input: [ancient(path) for path in RUNS]
+    input: RUNS, COMPANION_KEY
     output: f"{OUT}/companion/index.html"
     params: overrides=shlex.quote(OVERRIDES), studies=",".join(STUDIES)
     log: f"{OUT}/log/companion.log"

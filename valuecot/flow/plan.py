@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -16,8 +17,8 @@ from ..settings import Settings, Source, Weights, load, nearest, outputs, root
 from ..store import digest, hash_folder, read_json, write_text
 
 # %% auto #0
-__all__ = ['Stage', 'declaration', 'stages', 'Job', 'Plan', 'named_files', 'key_of', 'forget', 'why', 'find_job',
-           'companion_stale', 'companion_key']
+__all__ = ['Stage', 'declaration', 'stages', 'Job', 'Plan', 'named_files', 'key_of', 'forget', 'why', 'mark', 'put_in_order',
+           'key_file', 'find_job', 'companion_stale', 'companion_key']
 
 # %% ../../nbs/flow/12_plan.ipynb #0ec2cc04
 @dataclass(frozen=True)
@@ -200,6 +201,31 @@ def why(plan: Plan, job: Job) -> str:  # "" if it is up to date
     except ValueError:
         return "its run.json is damaged"
     return ", ".join(f"{part} changed" for part in new if old.get(part) != new[part])
+
+# %% ../../nbs/flow/12_plan.ipynb #1d1160a5
+def mark(file: Path, product: Path, key: str, reason: str) -> Path:
+    "Date key file `file` after `product` if there is a reason to make it again, before it if not."
+    made = product.stat().st_mtime_ns if product.exists() else None
+    text = f"{key}\n{reason}\n" + (f"{made}\n" if reason else "")
+    if not file.exists() or file.read_text() != text:
+        write_text(file, text)
+    if made is not None:
+        os.utime(file, ns=(made, made + (10**9 if reason else -(10**9))))
+    return file
+
+
+def put_in_order(plans: list[Plan], index: Path) -> None:
+    "Date complete results in the order of the plan, so that no copy or restore makes one look newer than what came of it."
+    files = [plan.run_file(job) for plan in plans for job in plan.jobs()] + [index]
+    for second, file in enumerate(files, 1_000_000_000):
+        if file.exists():
+            os.utime(file, (second, second))
+
+
+def key_file(plan: Plan, job: Job) -> Path:
+    "Key file of `job`, up to date."
+    reason = why(plan, job)
+    return mark(plan.folder / ".keys" / job.path.replace("/", "-"), plan.run_file(job), digest(plan.key(job)), reason)
 
 # %% ../../nbs/flow/12_plan.ipynb #3bfbaf4f
 def find_job(plan: Plan, stage: str, model: str = "all", arm: str = "all", seed: int | str = "all") -> Job:
