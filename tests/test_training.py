@@ -12,7 +12,7 @@ from valuecot.training.models import conversation, encode, fix, load_model, open
 from valuecot.training.judge import check_rewards, visible
 from valuecot.training.reward import faults, preference_pairs
 from valuecot.training.sampling import complete
-from valuecot.training.sft import accumulation, check_lengths, history_rows, sft_config, train_sft
+from valuecot.training.sft import accumulation, check_lengths, sft_config, train_sft
 from valuecot.types import Arm, Prompt, Trace
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

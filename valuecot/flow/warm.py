@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from .fingerprints import code_of, fingerprint, notebooks, reached
 

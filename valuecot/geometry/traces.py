@@ -8,7 +8,6 @@ __all__ = ['stage', 'styles', 'assigned', 'write_traces', 'audit', 'run_traces']
 # %% ../../nbs/geometry/20_traces.ipynb #240fcbc8
 from collections import Counter
 
-from ..data.splits import counts
 from ..flow.plan import Stage
 from ..flow.run import begin, finish
 from ..store import digest, read_records, write_json, write_records

@@ -8,13 +8,12 @@ __all__ = ['stage', 'world_prompts', 'chats', 'build', 'judged', 'run_base_model
 # %% ../../nbs/stages/10_base_model.ipynb #8c1d7ce7
 import itertools
 
-import torch
 
 from ..data.world import accepted_sentences, accepts, direct_reply, generate
 from ..flow.plan import Stage
 from ..flow.run import begin, finish
 from ..settings import BaseModel, ModelShape
-from ..store import read_records, write_json
+from ..store import read_records
 from ..training.models import fix, load_model, marks, parameter_count, save_model, scratch_model, train_tokenizer
 from ..training.sampling import complete
 from ..training.sft import history_rows, pretrain, save_history

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
