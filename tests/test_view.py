@@ -14,6 +14,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import torch
+from valuecot.geometry import report
+from valuecot.settings import load
 from valuecot.types import Arm, Landscape, Prompt, Rollout, Trace
 from valuecot.view import curves, landscapes, tables, theme
 
@@ -285,15 +287,21 @@ def test_digits_follow_the_standard_error(mean, se, text):
     assert tables.with_se(mean, se) == text
 
 
-def test_lambda_table_names_each_variation():
-    rows = pd.DataFrame([("qwen", "base", seed, subset, 100.0 + 10 * subset + 50 * seed, 10.0, 1e-4 * (1 + subset), 20) for seed in (0, 1) for subset in (0, 1, 2)])
-    rows.columns = ["model", "arm", "seed", "subset", "lambda_1", "lambda_2", "residual_1", "matvecs"]
-    (line,) = tables.lambda_table(rows).to_dict("records")
-    assert line["λ₁ (mean ± SE over subsets)"] == tables.with_se(135.0, 10 / math.sqrt(3))
-    assert line["SE of λ₁ over training seeds"] == "25"
-    assert (line["subsets"], line["seeds"], line["products spent"], line["worst residual"]) == (3, 2, 120, "3.0e-04")
-    single = tables.lambda_table(rows[rows.seed == 0]).iloc[0]
-    assert single["SE of λ₁ over training seeds"] == "–"
+def test_eigenvalue_table_names_each_variation():
+    settings = load("test")
+    cells = [(m, arm, seed, i, subset) for m in ("qwen", "llama") for arm in ("base", "standard", "annealing") for seed in (0, 1) for i in ("valuecot", "pyhessian") for subset in (0, 1, 2)]
+    rows = pd.DataFrame(cells, columns=["model", "arm", "seed", "instrument", "subset"])
+    rows["lambda_1"] = 100.0 + 10 * rows.subset + 50 * rows.seed + 1000 * (rows.model == "llama")
+    rows = rows.assign(lambda_2=10.0, lambda_min=-1.0, residual_1=1e-4 * (1 + rows.subset), residual_2=1e-5, matvecs=20, warnings="", scored_tokens=300, loss=2.0, gradient_norm=0.1)
+    line = report.eigenvalue_table(rows, "qwen", settings).iloc[0]
+    assert (line["lambda_1 (nats)"], line["subsets"], line["seeds"]) == (135.0, 3, 2)
+    assert line["lambda_1 SE over subsets (nats)"] == pytest.approx(10 / math.sqrt(3))
+    assert line["lambda_1 SE over seeds (nats)"] == pytest.approx(25.0)
+    assert line["worst residual"] == pytest.approx(3e-4)
+    single = report.eigenvalue_table(rows[rows.seed == 0], "qwen", settings)
+    assert math.isnan(single["lambda_1 SE over seeds (nats)"].iloc[0])
+    page = str(report.shown(single, prompts=5))
+    assert "110 ± 6" in page and "disjoint subsets of 5 held-out prompts" in page and "3 subsets of 100" in page
 
 
 HOSTILE = "<script>alert(1)</script> | **b** `c` $5 and $6 [x](javascript:1) {cite}`k`\nnext"

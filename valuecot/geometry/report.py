@@ -21,8 +21,9 @@ from ..view.tables import Html, to_html, traces_table, with_se
 from ..view.theme import Figure
 
 # %% auto #0
-__all__ = ['stage', 'titles', 'collect', 'write_table', 'sources', 'spread', 'eigenvalue_table', 'shown', 'landscape_figure',
-           'landscape_figures', 'history', 'curves', 'sample_table', 'table_3', 'table_4', 'text_rows', 'run_report']
+__all__ = ['stage', 'titles', 'collect', 'write_table', 'sources', 'spread', 'eigenvalue_table', 'paired', 'shown', 'evidence',
+           'landscape_figure', 'landscape_figures', 'history', 'curves', 'sample_table', 'table_3', 'table_4',
+           'text_rows', 'run_report']
 
 # %% ../../nbs/geometry/90_report.ipynb #b5f2d284
 stage = Stage(
@@ -82,26 +83,39 @@ def eigenvalue_table(rows: pd.DataFrame, model: str, settings) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 # %% ../../nbs/geometry/90_report.ipynb #f4a6b4a5
-def shown(table: pd.DataFrame) -> Html:
-    "The same table as a reader wants it: means with their errors."
-    pair = lambda mean, se: [with_se(m, s) for m, s in zip(table[mean], table[se], strict=True)]
+def paired(table: pd.DataFrame, mean: str, se: str) -> list[str]:
+    "Means with their standard errors, to the digits that the errors leave."
+    return [with_se(m, s) for m, s in zip(table[mean], table[se], strict=True)]
+
+
+def shown(table: pd.DataFrame, prompts: int) -> Html:
+    "The paper's table as a reader wants it: means with their errors, ours beside the paper's."
     found = pd.DataFrame({
         "arm": table.label,
-        "paper λ_max ± SE (3 subsets)": ["–" if pd.isna(m) else f"{m:.2f} ± {s:.2f}" for m, s in table[["paper lambda_max (nats)", "paper SE over 3 subsets (nats)"]].to_numpy().tolist()],
-        "ours λ₁ ± SE (subsets)": pair("lambda_1 (nats)", "lambda_1 SE over subsets (nats)"),
-        "ours λ₂ ± SE (subsets)": pair("lambda_2 (nats)", "lambda_2 SE over subsets (nats)"),
+        "paper λ_max ± SE": ["–" if pd.isna(m) else f"{m:.2f} ± {s:.2f}" for m, s in table[["paper lambda_max (nats)", "paper SE over 3 subsets (nats)"]].to_numpy().tolist()],
+        "ours λ₁ ± SE": paired(table, "lambda_1 (nats)", "lambda_1 SE over subsets (nats)"),
+        "ours λ₂ ± SE": paired(table, "lambda_2 (nats)", "lambda_2 SE over subsets (nats)"),
         "most negative λ": [f"{x:.3g}" for x in table["lambda_min (nats)"]],
+        "PyHessian, largest |λ| by subset": table["PyHessian largest |lambda| by subset (nats)"],
+    })
+    return to_html(found, f"λ in nats; ours: n = {table.subsets.iloc[0]} disjoint subsets of {prompts} held-out prompts, {table.seeds.iloc[0]} training seed(s); the paper's: 3 subsets of 100. SE: standard error over subsets")
+
+
+def evidence(table: pd.DataFrame, prompts: int) -> Html:
+    "What the eigenvalues of the same table rest on: residuals, products, the loss they were taken at."
+    found = pd.DataFrame({
+        "arm": table.label,
         "worst residual": [f"{x:.1e}" for x in table["worst residual"]],
         "products": [f"{x:.0f}" for x in table["products per subset"]],
-        "PyHessian, largest |λ| by subset": table["PyHessian largest |lambda| by subset (nats)"],
-        "its worst residual": [f"{x:.1e}" for x in table["PyHessian worst residual"]],
+        "PyHessian's worst residual": [f"{x:.1e}" for x in table["PyHessian worst residual"]],
         "its products": [f"{x:.0f}" for x in table["PyHessian products per subset"]],
         "loss (nats/token)": [f"{x:.3f}" for x in table["loss (nats/token)"]],
         "gradient norm": [f"{x:.2g}" for x in table["gradient norm"]],
         "scored tokens": [f"{x:.0f}" for x in table["scored tokens per subset"]],
         "planes ill-defined": [f"{n} of {k}" for n, k in zip(table["planes ill-defined (of subsets)"], table.subsets * table.seeds, strict=True)],
     })
-    return to_html(found, f"λ in nats; n = {table.subsets.iloc[0]} subsets, {table.seeds.iloc[0]} training seed(s); products: Hessian-vector products per subset; ours buy both ends of the spectrum and their verification, PyHessian's its own loop alone")
+    return to_html(found, f"Residual: |Hv - λv| / |λ|, measured by an exact product, worst of both vectors and all subsets (n = {prompts} prompts each). Products: Hessian-vector products per subset, mean; ours buy both ends of the spectrum and their verification, PyHessian's its own loop alone")
+
 
 # %% ../../nbs/geometry/90_report.ipynb #d7e0d636
 titles = {"figure1": ("qwen", surfaces), "figure2": ("qwen", contours), "figure3": ("llama", contours), "figure4": ("llama", surfaces)}
