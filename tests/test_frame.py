@@ -301,6 +301,19 @@ def test_papermill_alone_gives_the_numbers_of_the_pipeline(outputs, tmp_path):
     assert not (tmp_path / "mine/run.json").exists()
 
 
+def test_jupyterlab_gives_the_numbers_of_the_pipeline(outputs, tmp_path, monkeypatch):
+    "As a person does it there: the parameters cell edited, all cells run by a kernel in the notebook's folder."
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    monkeypatch.setenv("VALUECOT_OUTPUTS", str(outputs))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    notebook = nbformat.read(ROOT / "nbs/geometry/50_spectrum.ipynb", 4)
+    cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    cell.source += f'\nprofile, out = "test", {str(tmp_path / "mine")!r}'
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "nbs/geometry")}}).execute()
+    theirs = outputs / "test/geometry/spectrum/llama/annealing/seed0/spectrum.json"
+    assert (tmp_path / "mine/spectrum.json").read_bytes() == theirs.read_bytes()
+
+
 def test_an_unknown_parameter_is_refused(tmp_path):
     with pytest.raises(TypeError, match="did you mean 'profile'"):
         execute(ROOT / "nbs/geometry/10_prompts.ipynb", tmp_path, {"profil": "test"})

@@ -569,6 +569,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'valuecot/training/models.py'),
                                           'valuecot.training.models.encode': ('training/models.html#encode', 'valuecot/training/models.py'),
                                           'valuecot.training.models.fix': ('training/models.html#fix', 'valuecot/training/models.py'),
+                                          'valuecot.training.models.hold_memory': ( 'training/models.html#hold_memory',
+                                                                                    'valuecot/training/models.py'),
                                           'valuecot.training.models.load_model': ( 'training/models.html#load_model',
                                                                                    'valuecot/training/models.py'),
                                           'valuecot.training.models.opens_thinking': ( 'training/models.html#opens_thinking',

@@ -5,7 +5,9 @@
 # %% ../../nbs/training/50_models.ipynb #df73c78d
 from __future__ import annotations
 
+import ctypes
 import random
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,19 +21,28 @@ from ..text import completion_text
 from ..types import Arm, Prompt, Trace
 
 # %% auto #0
-__all__ = ['pattern', 'marks', 'fix', 'chat_template', 'train_tokenizer', 'render', 'opens_thinking', 'template_options',
-           'conversation', 'encode', 'targets', 'scratch_config', 'scratch_model', 'parameter_count', 'save_model',
-           'load_model']
+__all__ = ['pattern', 'marks', 'hold_memory', 'fix', 'chat_template', 'train_tokenizer', 'render', 'opens_thinking',
+           'template_options', 'conversation', 'encode', 'targets', 'scratch_config', 'scratch_model',
+           'parameter_count', 'save_model', 'load_model']
 
 # %% ../../nbs/training/50_models.ipynb #df8a787c
+def hold_memory() -> None:
+    "Keep freed memory in the process: glibc hands large blocks back at once, and a stage on a CPU then spends up to 40 % of its time on page faults."
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # glibc alone
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is freed stays
+
+
 def fix(seed: int) -> torch.device:  # the device to use
-    "Seed every generator that training touches; on a CPU, use one thread."
+    "Seed every generator that training touches; on a CPU, use one thread and hold on to memory."
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     if torch.cuda.is_available():
         return torch.device("cuda")
     torch.set_num_threads(1)
+    hold_memory()
     return torch.device("cpu")
 
 # %% ../../nbs/training/50_models.ipynb #4bcab4bc
