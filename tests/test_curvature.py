@@ -26,8 +26,9 @@ from valuecot.curvature import (
     three_point_curvature,
     top_eigenpairs,
 )
-from valuecot.curvature.eigen import READINGS, ranking
-from valuecot.curvature.operators import bucket, views
+from valuecot.curvature.examples import bucket
+from valuecot.curvature.krylov import READINGS, ranking
+from valuecot.curvature.operators import views
 
 data = Path(__file__).parents[2] / "shared" / "data"
 
@@ -297,13 +298,6 @@ def without(key):
 def test_bad_examples(model, examples, options, match):
     with pytest.raises(ValueError, match=match):
         LossHessian(model, examples, **options)
-
-
-def test_options_that_do_not_exist_yet(model):
-    with pytest.raises(NotImplementedError, match='only "exact"'):
-        LossHessian(model, texts(), method="difference")
-    with pytest.raises(NotImplementedError, match="leave `groups` out"):
-        measure(model, texts(), groups=["attention"])
 
 
 def test_bad_models(model):

@@ -136,6 +136,17 @@ class Spectrum(Shown):
     examples: str = ""  # hash of ids and labels
     seed: int = 0
     warnings: tuple[str, ...] = ()
+    exact_matvecs: int | None = None  # of all products, those by the exact operator, where a cheaper one searched
+
+    @property
+    def error_bounds(self) -> Tensor:  # (k,), nats
+        "Some eigenvalue lies this close to each one found."
+        return self.residuals * self.eigenvalues.abs()
+
+    @property
+    def gap(self) -> float:
+        "Distance from the last value kept to the next; nan where unknown."
+        return abs(float(self.eigenvalues[-1]) - self.next_value)
 
     @property
     def lambda_max(self) -> float:
@@ -153,6 +164,7 @@ class Landscape(Shown):
     center: float  # L(theta)
     reduction: str = "token"
     examples: str = ""  # hash of ids and labels
+    note: str = ""  # what a reader must know, such as that it is a preview
 
 # %% ../nbs/00_types.ipynb #64d9a672-9
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ __all__ = ['stage', 'row', 'measure_subset', 'run_spectrum']
 stage = Stage("spectrum", levels=("model", "arm", "seed"), reads=("geometry.hessian", "arm.{arm}"), inputs=("prompts", "traces", "grpo"))
 
 # %% ../../nbs/geometry/50_spectrum.ipynb #97676d29
-def row(instrument: str, subset: int, found: Spectrum, lambda_min: float | None = None) -> dict[str, object]:
+def row(instrument: str, subset: int, found: Spectrum, least: Spectrum | None = None) -> dict[str, object]:
     "One line of the spectrum table."
     first, second = (float(x) for x in found.eigenvalues[:2])
     r1, r2 = (float(x) for x in found.residuals[:2])
     return {
         "instrument": instrument, "subset": subset, "lambda_1": first, "lambda_2": second, "residual_1": r1, "residual_2": r2, "matvecs": found.matvecs,
-        "lambda_min": lambda_min, "lambda_3": found.next_value, "loss": found.loss, "gradient_norm": found.gradient_norm, "warnings": list(found.warnings), "examples": found.examples, "converged": bool(found.converged.all()),
+        "lambda_min": least and float(least.eigenvalues[0]), "residual_min": least and float(least.residuals[0]), "lambda_3": found.next_value, "loss": found.loss, "gradient_norm": found.gradient_norm, "warnings": list(found.warnings), "examples": found.examples, "converged": bool(found.converged.all()),
     }
 
 
@@ -37,7 +37,7 @@ def measure_subset(model, examples: list, settings: Hessian, subset: int) -> tup
     H = LossHessian(model, examples, reduction=settings.reduction, token_budget=settings.token_budget)
     ours, least = both_ends(H, k=settings.top_n, tol=settings.tol, seed=0, max_matvecs=settings.max_matvecs)
     peer = pyhessian_eigenpairs(model, examples, k=settings.top_n, max_iterations=settings.max_iterations, tol=settings.peer_tol, seed=0, reduction=settings.reduction)
-    return ours, [row("valuecot", subset, ours, float(least.eigenvalues[0])), row("pyhessian", subset, peer)]
+    return ours, [row("valuecot", subset, ours, least), row("pyhessian", subset, peer)]
 
 # %% ../../nbs/geometry/50_spectrum.ipynb #026d3a35
 def run_spectrum(run: Run) -> list[dict]:  # rows of the table
