@@ -80,6 +80,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'valuecot/companion/pages.py'),
                                           'valuecot.companion.pages.swap': ('companion/pages.html#swap', 'valuecot/companion/pages.py'),
                                           'valuecot.companion.pages.target': ('companion/pages.html#target', 'valuecot/companion/pages.py'),
+                                          'valuecot.companion.pages.teasers': ( 'companion/pages.html#teasers',
+                                                                                'valuecot/companion/pages.py'),
                                           'valuecot.companion.pages.uncaptioned': ( 'companion/pages.html#uncaptioned',
                                                                                     'valuecot/companion/pages.py'),
                                           'valuecot.companion.pages.what_was_run': ( 'companion/pages.html#what_was_run',

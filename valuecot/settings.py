@@ -41,7 +41,7 @@ def outputs() -> Path:
 def nearest(name: str, known: list[str], what: str) -> str:  # -> message for an error
     "Say that `name` is unknown, what is nearest to it, and what there is."
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = f"; did you mean {close[0]!r}?" if close else "."
     return f"unknown {what} {name!r}{hint} There are: {', '.join(sorted(known))}"
 
 # %% ../nbs/01_settings.ipynb #90f72e02
@@ -332,7 +332,7 @@ def put(sections: dict[str, dict[str, str]], name: str, value: str, source: str)
     if key not in sections.get(section, {}):
         known = [f"{s}.{k}" for s, keys in sections.items() for k in keys]
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f"; did you mean {close[0]!r}?" if close else "."
         raise KeyError(f"{source}: no setting {name!r}{hint} settings.ini lists them all")
     sections[section][key] = value
 

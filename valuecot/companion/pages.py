@@ -7,8 +7,8 @@ __all__ = ['STAGES', 'ROOTS', 'ABSOLUTE', 'ANSI', 'TAGS', 'VOID', 'ATTRIBUTES', 
            'stage_order', 'Page', 'found', 'scrub', 'scrubbed', 'Cleaner', 'clean', 'target', 'address', 'linked',
            'uncaptioned', 'figure_html', 'markdown_html', 'shown_output', 'directives', 'bare_imports', 'shown_cells',
            'card_value', 'run_card', 'results_first', 'page_notebook', 'write_page', 'notice', 'listed', 'counted',
-           'what_was_run', 'stage_table', 'stage_docname', 'index_page', 'stage_page', 'add_libraries', 'write_sources',
-           'run_sphinx', 'swap', 'build', 'main']
+           'what_was_run', 'stage_table', 'teasers', 'stage_docname', 'index_page', 'stage_page', 'add_libraries',
+           'write_sources', 'run_sphinx', 'swap', 'build', 'main']
 
 # %% ../../nbs/companion/90_pages.ipynb #2fd77625
 import ast
@@ -505,18 +505,31 @@ def what_was_run(
 
 # %% ../../nbs/companion/90_pages.ipynb #f733723a
 def stage_table(
-    pages: Sequence[Page],
+    pages: Sequence[Page],  # of one study
 ) -> str:  # Markdown
-    "One row per study and stage: how many runs, of what, how large, how long."
-    rows = ["| study | stage | runs | models | arms | seeds | counts | seconds |", "|---|---|---|---|---|---|---|---|"]
-    for study, stage in dict.fromkeys((p.study, p.stage) for p in pages):
-        own = [p for p in pages if (p.study, p.stage) == (study, stage)]
-        part = [listed(p.parts[i].removeprefix("seed") for p in own if len(p.parts) > i) for i in (2, 3, 4)]
+    "One row per stage: how many runs, of what, how long."
+    rows = ["| stage | runs | of | seconds |", "|---|---|---|---|"]
+    for stage in dict.fromkeys(p.stage for p in pages):
+        own = [p for p in pages if p.stage == stage]
+        levels = [listed(p.parts[i].removeprefix("seed") for p in own if len(p.parts) > i) for i in (2, 3, 4)]
+        of = "; ".join(f"{name} {text}" for name, text in zip(("models", "arms", "seeds"), levels, strict=True) if text != "–") or "–"
         link = f"[{escape_markdown(stage_title(stage))}]({stage_docname(own)}.{'ipynb' if stage == 'report' else 'md'})"
-        seconds = sum(float(p.card.get("seconds") or 0) for p in own)
         failed = f" ({sum(p.failed for p in own)} failed)" if any(p.failed for p in own) else ""
-        rows.append(f"| {escape_markdown(study)} | {link} | {len(own)}{failed} | {' | '.join(part)} | {counted(p.card for p in own)} | {seconds:.0f} |")
+        rows.append(f"| {link} | {len(own)}{failed} | {of} | {sum(float(p.card.get('seconds') or 0) for p in own):.0f} |")
     return "\n".join(rows)
+
+
+def teasers(
+    reports: Sequence[Page],
+) -> str:  # Markdown
+    "Each report with its first figure, which leads to it."
+    parts = []
+    for page in reports:
+        link = f"{page.docname}.ipynb"
+        figure = min(page.folder.glob("figure?.png"), default=None)
+        picture = f"\n\n```{{image}} /{page.docname}-teaser.png\n:alt: first figure of the report\n:target: {page.docname}.html\n:width: 100%\n```" if figure else ""
+        parts.append(f"[{escape_markdown(page.title)}]({link}): tables, figures and texts, each with links to the runs that made them.{picture}")
+    return "\n\n".join(parts)
 
 
 def stage_docname(pages: Sequence[Page]) -> str:  # pages of one stage
@@ -533,10 +546,11 @@ def index_page(
     if notice(profile):
         parts.append(f":::{{warning}}\n{notice(profile)}\n:::")
     reports = [p for p in pages if p.stage == "report" and not p.failed]
-    parts += ["## Report\n\n" + "\n".join(f"- [{escape_markdown(p.title)}]({p.docname}.ipynb)" for p in reports)] if reports else ["No report was made yet: the runs below are all there is."]
+    parts += ["## Report\n\n" + teasers(reports)] if reports else ["No report was made yet: the runs below are all there is."]
     if failed := [p for p in pages if p.failed]:
         parts.append("## Failed runs\n\n" + "\n".join(f"- [{escape_markdown(p.title)}]({p.docname}.ipynb)" for p in failed))
-    parts.append("## All runs\n\n" + stage_table(pages))
+    for study in dict.fromkeys(p.study for p in pages):
+        parts.append(f"## All runs: {escape_markdown(study)}\n\n" + stage_table([p for p in pages if p.study == study]))
     tree = {"Report": [p.docname for p in pages if p.stage == "report"]}
     for study in dict.fromkeys(p.study for p in pages):
         stages = dict.fromkeys(p.stage for p in pages if p.study == study and p.stage != "report")
@@ -585,6 +599,8 @@ def write_sources(
     add_libraries(sources / "_static")
     for page in pages:
         write_page(page, pages, sources, base=str(root()))
+        if page.stage == "report" and (figure := min(page.folder.glob("figure?.png"), default=None)):
+            shutil.copy(figure, sources / f"{page.docname}-teaser.png")
     for study, stage in dict.fromkeys((p.study, p.stage) for p in pages if p.stage != "report"):
         own = [p for p in pages if (p.study, p.stage) == (study, stage)]
         (sources / (stage_docname(own) + ".md")).write_text(stage_page(own))

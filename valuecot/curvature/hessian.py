@@ -89,7 +89,11 @@ METHODS = "exact", "difference", "forward-difference"
 
 
 class LossHessian(CausalLoss):
-    "Hessian of a causal LM's loss over `examples`, as products `H @ v`."
+    """Hessian of a causal LM's loss over `examples`, as products `H @ v`.
+
+    Each example is `{"input_ids": (T,), "labels": (T,)}`, long tensors of any length, labels aligned with input_ids as in transformers:
+    token t is predicted from what stands before it, labels[0] never counts, -100 is not scored. `v` and the product are flat (n,), in
+    `named_parameters` order, tied weights once. `H.loss` is in nats, `H.gradient()` (n,) its slope. The model is left as it was found."""
 
     def __init__(
         self,

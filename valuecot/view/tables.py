@@ -97,8 +97,8 @@ def to_html(
     cells = [[MISSING if missing(x) else html.escape(str(x)) for x in row] for row in table.itertuples(index=False)]
     head = "".join(f"<th>{html.escape(str(c))}</th>" for c in table)
     body = "".join("<tr>" + "".join(f"<td>{x}</td>" for x in row) + "</tr>" for row in cells)
-    above = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    return Html(f'<table class="vc-table mathjax_ignore tex2jax_ignore">{above}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>')
+    above = f'<p class="vc-caption mathjax_ignore tex2jax_ignore">{html.escape(caption)}</p>' if caption else ""  # outside the box that scrolls
+    return Html(f'{above}<table class="vc-table mathjax_ignore tex2jax_ignore"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>')
 
 # %% ../../nbs/view/63_tables.ipynb #df6bb84a
 PHASES = {"explore": ("Phase 1 (High Temp)", "#d55e00"), "cool": ("Phase 2 (Cooling)", "#cc78bc"), "converge": ("Phase 3 (Low Temp)", "#0173b2")}
