@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from test_curvature import close, llama, qwen, texts, vector
 from torch.overrides import TorchFunctionMode
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 from valuecot.curvature import (
     EmpiricalFisher,
     GaussNewton,
@@ -30,6 +31,7 @@ from valuecot.curvature import loss as loss_module
 from valuecot.curvature.attribution import token_curvature
 from valuecot.curvature.hessian import graph_bytes, movable
 from valuecot.curvature.operators import Rescaled, views
+from valuecot.curvature.planner import Live, predict
 from valuecot.curvature.plane import filter_normalized, loss_plane, plane_preview, slope_and_curvature
 from valuecot.curvature.sharpness import blocks, filter_norms
 
@@ -535,3 +537,53 @@ def test_adding_and_taking_back_would_drift_and_the_master_copy_does_not(model):
             move(step, -step)
         move(0.0, 0.0)
         assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+
+
+# ------------------------------------------------------------------------- memory
+
+
+def peak_of_product(vocabulary: int, chunk: int, parameters: list[str] | None) -> tuple[int, int]:  # bytes, n
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **shape, tie_word_embeddings=True))
+    examples = [{"input_ids": (ids := torch.randint(1000, (64,))), "labels": ids.clone()} for _ in range(8)]
+    H = LossHessian(model, examples, parameters=parameters, chunk=chunk, keep=0)
+    v = torch.ones(H.n)
+    with Live() as live:
+        H @ v
+    return live.peak, H.n
+
+
+def test_memory_of_a_product_is_flat_in_the_vocabulary():
+    "From 1k to 64k, beside the vectors themselves, which grow with the embedding."
+    body = [peak_of_product(v, 1 << 16, ["*layers*"])[0] for v in (1024, 8192, 65536)]
+    assert max(body) < 1.15 * min(body), body
+    (small, n), (large, m) = (peak_of_product(v, 1 << 16, None) for v in (1024, 65536))
+    assert large - small < 6 * 4 * (m - n), "the sum, two gradients and their parts, all of the size of the weights"
+    naive = 7 * 4 * 512 * 65536
+    assert large < naive / 10
+
+
+def test_the_planner_foretells_the_peak():
+    shape = {"vocab_size": 700, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 4}
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "head_dim": 16}
+    for kind, config in ((LlamaForCausalLM, LlamaConfig(**shape)), (Qwen3_5ForCausalLM, Qwen3_5TextConfig(**shape, **linear))):
+        with torch.device("meta"):
+            ghost = kind(config)
+        lengths = [96, 64, 33, 80] * 5
+        cost = predict(ghost, lengths, [20] * 20, token_budget=512)
+        model = kind(config)
+        examples = [{"input_ids": torch.randint(700, (n,)), "labels": torch.cat([torch.full((n - 20,), -100), torch.randint(700, (20,))])} for n in lengths]
+        H, v = LossHessian(model, examples, token_budget=512, keep=0), torch.ones(cost.parameters)
+        with Live() as live:
+            H @ v
+        assert cost.parameters == H.n and cost.batches == len(H.batches) and cost.product_flops > 6 * cost.forward_flops
+        assert cost.product_bytes == pytest.approx(live.peak, rel=0.15), kind.__name__
+        K = LossHessian(model, examples, token_budget=512)
+        K @ v
+        assert cost.kept_bytes == pytest.approx(K.held, rel=0.3), kind.__name__
+
+
+def test_the_planner_wants_shapes_only(model):
+    with pytest.raises(ValueError, match="torch.device"):
+        predict(model, [8])

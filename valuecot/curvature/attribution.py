@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .examples import bucket, pad
 from .krylov import norm
-from .loss import CausalLoss, scored_outputs, steady
+from .loss import CausalLoss, frozen_besides, scored_outputs, steady
 from .operators import views
 from ..types import Shown
 
@@ -36,7 +36,7 @@ def token_curvature(
     found: list[Tensor] = [torch.zeros(0, dtype=torch.float64) for _ in H.pairs]
     for rows in bucket([len(ids) for ids, _ in H.pairs], token_budget):
         batch = pad(H.pairs, rows, H.reduction, H.device)
-        with steady(H.model):
+        with steady(H.model), frozen_besides(H.model, H.parameters):
             logits = scored_outputs(H.model, batch)
             losses = F.cross_entropy(logits, batch.targets, reduction="none")
             c = torch.ones_like(losses, requires_grad=True)

@@ -57,11 +57,12 @@ class Backward(torch.autograd.Function):
         ctx.save_for_backward(h, W, targets, c)
         ctx.elements = elements
         ctx.set_materialize_grads(False)
-        dh, dW = torch.empty_like(h), torch.zeros_like(W)
+        dh, dW = torch.empty_like(h), torch.zeros_like(W) if ctx.needs_input_grad[1] else None
         for part in slices(len(h), len(W), elements):
             G = minus_target(torch.softmax(h[part] @ W.T, -1), targets[part], c[part])
             torch.mm(G, W, out=dh[part])
-            dW.addmm_(G.T, h[part])
+            if dW is not None:
+                dW.addmm_(G.T, h[part])
         return dh, dW
 
     @staticmethod

@@ -22,6 +22,8 @@ def along(
     direction: list[Tensor],  # v, in the parameters' shapes
 ) -> Tensor:  # J v, in the outputs' shape
     "Directional derivative of `outputs`."
+    if not outputs.requires_grad:  # nothing that was chosen lies before them
+        return torch.zeros_like(outputs)
     u = torch.zeros_like(outputs, requires_grad=True)
     back = torch.autograd.grad(outputs, parameters, u, create_graph=True, materialize_grads=True)
     pairs = [(b, d) for b, d in zip(back, direction, strict=True) if b.requires_grad]
@@ -78,7 +80,9 @@ class GaussNewton(CausalLoss):
             bent = curved(torch.softmax(h[part] @ W.T, -1), dz, weights[part])
             back[part] = bent @ W
             of_head.addmm_(bent.T, h[part])
-        found = list(torch.autograd.grad(hidden, self.parameters, back, materialize_grads=True))
+        found = [torch.zeros_like(p) for p in self.parameters]
+        if hidden.requires_grad:
+            found = list(torch.autograd.grad(hidden, self.parameters, back, materialize_grads=True))
         if place is not None:
             found[place] = found[place] + of_head
         return tuple(found)

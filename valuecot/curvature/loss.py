@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'precision_of', 'replaced_functions', 'reference_kernels', 'eager_attention', 'steady',
-           'chosen_parameters', 'matching', 'scored_outputs', 'token_losses', 'share_of', 'is_out_of_memory',
-           'CausalLoss']
+           'chosen_parameters', 'matching', 'frozen_besides', 'scored_outputs', 'token_losses', 'share_of',
+           'is_out_of_memory', 'CausalLoss']
 
 # %% ../../nbs/curvature/16_loss.ipynb #422bcc93
 import inspect
@@ -140,6 +140,20 @@ def matching(named: dict[str, nn.Parameter], patterns: list[str]) -> dict[str, n
     if not kept:
         raise ValueError(f"{patterns} leave no parameter")
     return kept
+
+@contextmanager
+def frozen_besides(model: nn.Module, parameters: list[nn.Parameter]):
+    "Only `parameters` have gradients: what is not asked for is not computed."
+    chosen = {id(p) for p in parameters}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+    try:
+        for p in others:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in others:
+            p.requires_grad_(True)
+
 
 # %% ../../nbs/curvature/16_loss.ipynb #be25a1aa
 def scored_outputs(
@@ -292,7 +306,7 @@ class CausalLoss:
         while True:
             total = torch.zeros(size, dtype=dtype, device=self.device)
             try:
-                with steady(self.model, self.precision, twice):
+                with steady(self.model, self.precision, twice), frozen_besides(self.model, self.parameters):
                     for batch in self.batches:
                         work(batch, total)
                 break
