@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL = help
-.PHONY: help env study plan dry test prove bench companion lab export clean-outputs
+.PHONY: help env study plan dry test prove peers bench companion lab export clean-outputs
 
 help:      ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -48,7 +48,10 @@ test: env ## all tests: notebooks, as written and against the package, and tests
 prove: env ## the long proofs: kills, seeds
 	@$(PY) -m pytest -m prove -rs
 
-bench: env ## time the environment, the stages and their imports -> outputs/bench/
+peers: env ## other curvature packages, for benchmarks and tests, without their dependencies
+	@$(PY) -m pip install -qq --disable-pip-version-check $(PIP_ARGS) --no-deps -r benchmarks/peers.txt
+
+bench: env peers ## side by side: curvature against its peers, the study against its budget -> outputs/bench/ (ARGS="curvature")
 	@$(PY) benchmarks/budget.py $(ARGS)
 
 companion: env ## build the pages again from what was run

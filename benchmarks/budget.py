@@ -68,7 +68,15 @@ def tests() -> dict[str, dict]:
     return {"tests": timed([sys.executable, "-m", "pytest", "-m", "not prove"])}
 
 
-PARTS = {"imports": imports, "stages": stages, "tiny": tiny, "environment": environment, "tests": tests}
+def curvature() -> dict[str, dict]:
+    "Eigenpairs against other packages, by its own script: benchmarks/curvature.py writes the table."
+    start = time.monotonic()
+    if subprocess.run([sys.executable, "benchmarks/curvature.py"], cwd=ROOT).returncode:
+        raise SystemExit("benchmarks/curvature.py failed")
+    return {"curvature": {"wall_s": round(time.monotonic() - start, 1)}}
+
+
+PARTS = {"curvature": curvature, "imports": imports, "stages": stages, "tiny": tiny, "environment": environment, "tests": tests}
 
 if __name__ == "__main__":
     chosen = sys.argv[1:] or list(PARTS)

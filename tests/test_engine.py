@@ -31,6 +31,7 @@ from valuecot.curvature import loss as loss_module
 from valuecot.curvature.attribution import token_curvature
 from valuecot.curvature.hessian import graph_bytes, movable
 from valuecot.curvature.operators import Rescaled, views
+from valuecot.curvature.peers import loader
 from valuecot.curvature.planner import Live, predict
 from valuecot.curvature.plane import filter_normalized, loss_plane, plane_preview, slope_and_curvature
 from valuecot.curvature.sharpness import blocks, filter_norms
@@ -587,3 +588,62 @@ def test_the_planner_foretells_the_peak():
 def test_the_planner_wants_shapes_only(model):
     with pytest.raises(ValueError, match="torch.device"):
         predict(model, [8])
+
+
+# ------------------------------------------------------------------------- peers (benchmarks/peers.txt)
+
+
+def summed(logits, labels):
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="sum")
+
+
+def test_curvlinops_sees_the_same_hessian(monkeypatch):
+    "Its products go forwards over backwards; SiLU's backward has no such rule in torch, so SiLU is written out for it."
+    curvlinops = pytest.importorskip("curvlinops")
+    torch.manual_seed(1)
+    model = llama(False).eval()
+    model.set_attn_implementation("eager")
+    H, v = LossHessian(model, texts()), vector(1000)
+    v = v[: H.n] / v[: H.n].norm()
+    expected = H @ v
+
+    class Silu(torch.nn.Module):
+        def forward(self, x):
+            return x * torch.sigmoid(x)
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, X):
+            return self.model(input_ids=X["input_ids"], attention_mask=X["attention_mask"], use_cache=False).logits
+
+    class Loss(torch.nn.Module):
+        reduction = "sum"
+
+        def forward(self, logits, labels):
+            return summed(logits, labels) / H.total
+
+    for module in model.modules():
+        if hasattr(module, "act_fn"):
+            module.act_fn = Silu()
+    wrapped = Logits()
+    data = [({"input_ids": x[:, 0], "attention_mask": x[:, 1]}, y) for x, y in loader(texts(), 2)]
+    operator = curvlinops.HessianLinearOperator(wrapped, Loss(), list(wrapped.parameters()), data, batch_size_fn=lambda X: len(X["input_ids"]), check_deterministic=False)
+    theirs = operator @ v
+    assert close(torch.as_tensor(theirs).flatten(), expected, 1e-5)
+
+
+def test_hessian_eigenthings_sees_the_same_hessian():
+    peer = pytest.importorskip("hessian_eigenthings")
+    for family in (llama, qwen):
+        torch.manual_seed(1)
+        model = family(True).eval()
+        model.set_attn_implementation("eager")
+        H = LossHessian(model, texts())
+        rows = [{"input_ids": x[:, 0], "attention_mask": x[:, 1], "labels": y} for x, y in loader(texts(), 2)]
+        weighted = lambda m, b: summed(m(input_ids=b["input_ids"], attention_mask=b["attention_mask"], use_cache=False).logits, b["labels"]) * (len(rows) / H.total)  # noqa: B023
+        found = peer.lanczos(peer.HessianOperator(model, rows, weighted), k=2, max_iter=40, tol=1e-6, seed=0)
+        ours = top_eigenpairs(H, tol=1e-4, which="magnitude")
+        assert sorted(found.eigenvalues.tolist()) == pytest.approx(sorted(ours.eigenvalues.tolist()), rel=1e-3)
