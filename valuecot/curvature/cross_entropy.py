@@ -41,11 +41,12 @@ def slices(
     return [slice(at, min(at + size, tokens)) for at in range(0, tokens, size)]
 
 
-def minus_target(p: Tensor, targets: Tensor, c: Tensor) -> Tensor:  # (s, V), (s,), (s,) -> (s, V), in place
+def minus_target(p: Tensor, targets: Tensor, c: Tensor) -> Tensor:  # (s, V), (s,), (s,) -> (s, V)
     "G = c (p - e)."
-    p *= c[:, None]
-    p[torch.arange(len(p), device=p.device), targets] -= c
-    return p
+    G = p * c[:, None]
+    G[torch.arange(len(p), device=p.device), targets] -= c
+    return G
+
 
 # %% ../../nbs/curvature/14_cross_entropy.ipynb #34d2b398
 class Backward(torch.autograd.Function):
@@ -54,27 +55,30 @@ class Backward(torch.autograd.Function):
     @staticmethod
     @full_precision
     def forward(ctx, h, W, targets, c, elements):  # (S, d), (V, d), (S,), (S,), int -> (S, d), (V, d)
-        ctx.save_for_backward(h, W, targets, c)
         ctx.elements = elements
         ctx.set_materialize_grads(False)
+        parts, kept = slices(len(h), len(W), elements), None
         dh, dW = torch.empty_like(h), torch.zeros_like(W) if ctx.needs_input_grad[1] else None
-        for part in slices(len(h), len(W), elements):
-            G = minus_target(torch.softmax(h[part] @ W.T, -1), targets[part], c[part])
+        for part in parts:
+            p = torch.softmax(h[part] @ W.T, -1)
+            kept = p if len(parts) == 1 else None  # all of them fit: the second pass need not compute them again
+            G = minus_target(p, targets[part], c[part])
             torch.mm(G, W, out=dh[part])
             if dW is not None:
                 dW.addmm_(G.T, h[part])
+        ctx.save_for_backward(h, W, targets, c, kept)
         return dh, dW
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     @full_precision
     def backward(ctx, A, B):  # (S, d) or None, (V, d) or None
-        h, W, targets, c = ctx.saved_tensors
+        h, W, targets, c, kept = ctx.saved_tensors
         wanted = dict(zip(("h", "W", "targets", "c"), ctx.needs_input_grad, strict=False))
         dh, dW, dc = (torch.zeros_like(x) if wanted[name] else None for name, x in (("h", h), ("W", W), ("c", c)))
         for part in slices(len(h), len(W), ctx.elements):
             x, t, weight = h[part], targets[part], c[part]
-            p = torch.softmax(x @ W.T, -1)
+            p = torch.softmax(x @ W.T, -1) if kept is None else kept
             q = torch.zeros_like(p) if A is None else A[part] @ W.T
             if B is not None:
                 q.addmm_(x, B.T)
