@@ -244,7 +244,7 @@ def unit_costs(model, examples, natural) -> dict:
                 torch.autograd.grad(H.batch_loss(batch), H.parameters)
 
     one = best_of(gradient)
-    found = {"product, graph kept / gradient": best_of(lambda: kept @ v) / one, "product / gradient": best_of(lambda: H @ v) / one, "graph MB": kept.held / 1e6}
+    found = {"product, graph kept / gradient": best_of(lambda: kept @ v) / one, "product / gradient": best_of(lambda: H @ v) / one, "graph MB": kept.graphs.held / 1e6}
     kept.release()
     bucketed, ordered = LossHessian(model, natural, keep=0), LossHessian(model, natural, keep=0)
     from valuecot.curvature.examples import pad

@@ -7,7 +7,7 @@ __all__ = ['token_curvature', 'Attribution', 'attribute']
 
 # %% ../../nbs/curvature/32_attribution.ipynb #462a8da2
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F

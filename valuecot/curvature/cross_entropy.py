@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['no_autocast', 'full_precision', 'slices', 'minus_target', 'Backward', 'CrossEntropy', 'chunked_cross_entropy',
-           'head_of', 'headless', 'logit_copies']
+           'head_of', 'headless']
 
 # %% ../../nbs/curvature/14_cross_entropy.ipynb #e9623cfc
 from contextlib import contextmanager, nullcontext
@@ -97,7 +97,7 @@ class Backward(torch.autograd.Function):
                     dW.addmm_(G.T, A[part])
         return dh, dW, None, dc, None
 
-
+# %% ../../nbs/curvature/14_cross_entropy.ipynb #15b46628
 class CrossEntropy(torch.autograd.Function):
     "Loss of every token, twice differentiable, in chunks."
 
@@ -143,13 +143,3 @@ def headless(head: nn.Linear):
         yield
     finally:
         del head.forward
-
-# %% ../../nbs/curvature/14_cross_entropy.ipynb #f7f07e00
-def logit_copies(
-    tokens: int,
-    vocabulary: int,
-    elements: int,
-    copies: int = 4,  # p, q and two temporaries
-) -> int:  # bytes in float32
-    "Memory that the head's arithmetic needs beside the weights."
-    return copies * 4 * vocabulary * min(tokens, max(elements // vocabulary, 1))

@@ -12,8 +12,8 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor
 
-from .krylov import READINGS, Krylov, coefficients, norm, orthogonalize, ranking, relative_to, rotate
-from .operators import LinearOperator, MatrixOperator
+from .krylov import CHUNK, READINGS, Krylov, coefficients, norm, orthogonalize, ranking, relative_to, rotate
+from .operators import LinearOperator
 from ..types import Spectrum
 
 # %% ../../nbs/curvature/24_eigen.ipynb #b9fc9316
@@ -114,7 +114,7 @@ def sharpened(
     away = torch.where(away.abs() < 1e-3 * krylov.scale, 1e-3 * krylov.scale, away)
     outside = value if abs(value) > 1e-3 * krylov.scale else krylov.scale
     step = residual / -outside
-    for b, c in zip(known.split(1 << 22, 1), step.split(1 << 22), strict=True):
+    for b, c in zip(known.split(CHUNK, 1), step.split(CHUNK), strict=True):
         c += ((inside / away + inside / outside).to(b.device) @ b.double()).to(c.dtype)
     return step
 

@@ -6,14 +6,14 @@
 __all__ = ['along', 'curved', 'GaussNewton', 'EmpiricalFisher']
 
 # %% ../../nbs/curvature/20_gauss_newton.ipynb #c592ae58
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .cross_entropy import headless, slices
 from .examples import Batch
-from .loss import CausalLoss, scored_outputs
-from .operators import views
+from .loss import LossOperator, scored_outputs
 
 # %% ../../nbs/curvature/20_gauss_newton.ipynb #5a311bb0
 def along(
@@ -38,33 +38,20 @@ def curved(p: Tensor, dz: Tensor, c: Tensor) -> Tensor:  # (s, V), (s, V), (s,) 
     return (dz - torch.linalg.vecdot(p, dz)[:, None]) * p * c[:, None]
 
 # %% ../../nbs/curvature/20_gauss_newton.ipynb #66f81e3f
-class GaussNewton(CausalLoss):
+class GaussNewton(LossOperator):
     "Gauss-Newton matrix of a causal LM's loss = Fisher information of its softmax, as products `G @ v`."
 
-    products = 0
+    def part(self, batch: Batch, direction: list[Tensor]) -> Sequence[Tensor]:
+        return self.from_logits(batch, direction) if self.head is None else self.from_hidden(batch, direction)
 
-    def __matmul__(self, v: Tensor) -> Tensor:  # (n,) -> (n,)
-        if v.shape != (self.n,):
-            raise ValueError(f"v has shape {tuple(v.shape)}, the matrix is ({self.n}, {self.n}): pass a flat vector ({self.n},)")
-        direction = views(v.detach().to(self.device, self.dtype), self.parameters)
-
-        def work(batch: Batch, flat: Tensor) -> None:
-            part = self.from_logits(batch, direction) if self.head is None else self.from_hidden(batch, direction)
-            for total, piece in zip(views(flat, self.parameters), part, strict=True):
-                total += piece
-
-        product = self.finished(self.over_batches(work, self.n, self.dtype, twice=True))
-        self.products += 1
-        return product
-
-    def from_logits(self, batch: Batch, direction: list[Tensor]) -> tuple[Tensor, ...]:
+    def from_logits(self, batch: Batch, direction: list[Tensor]) -> Sequence[Tensor]:
         "One batch, through the model's own logits."
         logits = scored_outputs(self.model, batch)
         image = along(logits, self.parameters, direction)
         back = curved(torch.softmax(logits.detach(), -1), image, batch.weights.to(image.dtype))
         return torch.autograd.grad(logits, self.parameters, back, materialize_grads=True)
 
-    def from_hidden(self, batch: Batch, direction: list[Tensor]) -> tuple[Tensor, ...]:
+    def from_hidden(self, batch: Batch, direction: list[Tensor]) -> Sequence[Tensor]:
         "One batch, through hidden states and the head."
         with headless(self.head):
             hidden = scored_outputs(self.model, batch)
@@ -85,25 +72,13 @@ class GaussNewton(CausalLoss):
             found = list(torch.autograd.grad(hidden, self.parameters, back, materialize_grads=True))
         if place is not None:
             found[place] = found[place] + of_head
-        return tuple(found)
+        return found
 
 # %% ../../nbs/curvature/20_gauss_newton.ipynb #bcb9f760
-class EmpiricalFisher(CausalLoss):
+class EmpiricalFisher(LossOperator):
     "Second moment of the per-token gradients, as products `F @ v`."
 
-    products = 0
-
-    def __matmul__(self, v: Tensor) -> Tensor:  # (n,) -> (n,)
-        if v.shape != (self.n,):
-            raise ValueError(f"v has shape {tuple(v.shape)}, the matrix is ({self.n}, {self.n}): pass a flat vector ({self.n},)")
-        direction = views(v.detach().to(self.device, self.dtype), self.parameters)
-
-        def work(batch: Batch, flat: Tensor) -> None:
-            losses = self.losses(batch)
-            slopes = along(losses, self.parameters, direction) * batch.weights.to(losses.dtype)
-            for total, piece in zip(views(flat, self.parameters), torch.autograd.grad(losses, self.parameters, slopes, materialize_grads=True), strict=True):
-                total += piece
-
-        product = self.finished(self.over_batches(work, self.n, self.dtype, twice=True))
-        self.products += 1
-        return product
+    def part(self, batch: Batch, direction: list[Tensor]) -> Sequence[Tensor]:
+        losses = self.losses(batch)
+        slopes = along(losses, self.parameters, direction) * batch.weights.to(losses.dtype)
+        return torch.autograd.grad(losses, self.parameters, slopes, materialize_grads=True)

@@ -4,26 +4,25 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'precision_of', 'replaced_functions', 'reference_kernels', 'eager_attention', 'steady',
-           'chosen_parameters', 'matching', 'frozen_besides', 'scored_outputs', 'token_losses', 'share_of',
-           'is_out_of_memory', 'CausalLoss']
+           'chosen_parameters', 'matching', 'frozen_besides', 'scored_outputs', 'token_losses', 'CausalLoss',
+           'LossOperator']
 
 # %% ../../nbs/curvature/16_loss.ipynb #422bcc93
 import inspect
 import sys
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from math import isfinite
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batches import Batched
 from .cross_entropy import chunked_cross_entropy, head_of, headless, no_autocast
-from .examples import Batch, bucket, fingerprint, pad, scored_pair
+from .examples import Batch, pad
 from .operators import views
 
 # %% ../../nbs/curvature/16_loss.ipynb #bf6a967a
@@ -184,29 +183,8 @@ def token_losses(
     with no_autocast(hidden.device):
         return chunked_cross_entropy(hidden.to(head.weight.dtype), head.weight, batch.targets, elements)
 
-# %% ../../nbs/curvature/16_loss.ipynb #d4ee67d2
-def share_of(
-    lengths: list[int],
-    distributed: bool,
-) -> list[int]:  # rows of this process
-    "Examples dealt by length, so that processes finish together."
-    if not distributed:
-        return list(range(len(lengths)))
-    if not dist.is_initialized():
-        raise RuntimeError("distributed=True, but no process group: call torch.distributed.init_process_group first, or start with torchrun")
-    rank, world = dist.get_rank(), dist.get_world_size()
-    if len(lengths) < world:
-        raise ValueError(f"{len(lengths)} examples for {world} processes: give each at least one")
-    ordered = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return [row for turn in range(0, len(ordered), world) for row in (ordered[turn : turn + world][:: 1 if turn // world % 2 == 0 else -1])[rank : rank + 1]]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    "CUDA's and the CPU allocator's way of saying it."
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
 # %% ../../nbs/curvature/16_loss.ipynb #89b1378a
-class CausalLoss:
+class CausalLoss(Batched):
     "Mean cross-entropy of a causal LM over `examples`, as a function of its parameters."
 
     def __init__(
@@ -220,43 +198,14 @@ class CausalLoss:
         distributed: bool = False,  # shard the examples over torch.distributed's processes
         chunk: int = 1 << 24,  # logits held at a time
     ):
-        if reduction not in ("token", "example"):
-            raise ValueError(f'reduction {reduction!r}: use "token" or "example"')
-        if not len(examples):
-            raise ValueError("no examples: the loss is a mean over at least one")
-        if token_budget < 1:
-            raise ValueError(f"token_budget must be positive, got {token_budget}")
         self.named = chosen_parameters(model, parameters)
-        self.model, self.reduction, self.parameters = model, reduction, list(self.named.values())
-        self.token_budget, self.chunk, self.distributed, self.precision = token_budget, chunk, distributed, precision
-        self.n = sum(p.numel() for p in self.parameters)
-        with precision_of(precision, self.device):
+        self.model, self.parameters, self.chunk, self.precision = model, list(self.named.values()), chunk, precision
+        self.n, self.dtype = sum(p.numel() for p in self.parameters), self.parameters[0].dtype
+        device = self.parameters[0].device
+        with precision_of(precision, device):
             pass
-        vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-        self.pairs = [scored_pair(i, example, vocabulary) for i, example in enumerate(examples)]
-        self.counts = torch.tensor([int((targets != -100).sum()) for _, targets in self.pairs])  # (E,) scored tokens
-        self.fingerprint = fingerprint(self.pairs, reduction)
-        self.rows = share_of([len(ids) for ids, _ in self.pairs], distributed)
-        self.arrange()
+        super().__init__(examples, device, reduction, token_budget, getattr(getattr(model, "config", None), "vocab_size", None), distributed)
         self.head = self.trusted_head()
-        self.notes: list[str] = []  # what happened on the way: memory, kept graphs
-
-    @property
-    def device(self) -> torch.device:
-        return self.parameters[0].device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.parameters[0].dtype
-
-    @property
-    def total(self) -> int:  # what a weighted sum is divided by, once
-        return int(self.counts.sum()) if self.reduction == "token" else len(self.counts)
-
-    def arrange(self) -> None:
-        "Lay this process's examples out in batches."
-        groups = bucket([len(self.pairs[row][0]) for row in self.rows], self.token_budget)
-        self.batches = [pad(self.pairs, [self.rows[i] for i in group], self.reduction, self.device) for group in groups]
 
     def trusted_head(self) -> nn.Linear | None:
         "The head, if hidden states and that matrix alone give the model's own losses."
@@ -276,47 +225,10 @@ class CausalLoss:
         losses = self.losses(batch)
         return (losses * batch.weights.to(losses.dtype)).sum()
 
-    # -- sums over batches and processes
-
-    def release(self) -> None:
-        "Give back what is kept between products."
-
-    def shrink(self) -> None:
-        "Halve the token budget, or say that not even one example fits."
-        longest = max(len(self.pairs[row][0]) for row in self.rows)
-        largest = max(batch.ids.numel() for batch in self.batches)
-        if largest <= longest:
-            raise MemoryError(f"out of memory at one example of {longest} tokens: shorten it, free the device, or use method='difference'")
-        self.release()
-        self.token_budget = max(largest // 2, 1)
-        self.arrange()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.notes.append(f"out of memory: token budget halved to {self.token_budget}")
-        warnings.warn(self.notes[-1], stacklevel=3)
-
-    def over_batches(
-        self,
-        work: Callable[[Batch, Tensor], None],  # adds a batch's part to the sum
-        size: int,
-        dtype: torch.dtype,
-        twice: bool,  # whether second derivatives are taken
-    ) -> Tensor:  # (size,) summed over batches and processes
-        "A sum over all examples that survives a lack of memory."
-        while True:
-            total = torch.zeros(size, dtype=dtype, device=self.device)
-            try:
-                with steady(self.model, self.precision, twice), frozen_besides(self.model, self.parameters):
-                    for batch in self.batches:
-                        work(batch, total)
-                break
-            except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-                if not is_out_of_memory(error):
-                    raise
-            self.shrink()  # here, where the failed attempt's tensors are gone
-        if self.distributed:
-            dist.all_reduce(total)
-        return total
+    def over_batches(self, work: Callable[[Batch, Tensor], None], size: int, dtype: torch.dtype, twice: bool = False) -> Tensor:
+        "A sum over all examples while the model holds still; `twice`: second derivatives are taken."
+        with steady(self.model, self.precision, twice), frozen_besides(self.model, self.parameters):
+            return super().over_batches(work, size, dtype)
 
     # -- value
 
@@ -327,7 +239,7 @@ class CausalLoss:
             with torch.no_grad():
                 sums.index_add_(0, batch.rows, self.losses(batch).double())
 
-        return self.over_batches(work, len(self.counts), torch.float64, twice=False).cpu()
+        return self.over_batches(work, len(self.counts), torch.float64).cpu()
 
     def evaluate(self) -> float:  # nats; inf or nan where the model overflows
         "The loss at the present parameters."
@@ -348,19 +260,45 @@ class CausalLoss:
         where = f"example {bad[0]} has loss {sums[bad[0]]}, {len(bad)} of {len(sums)} such" if bad else "every example's loss is, a derivative overflowed"
         raise ValueError(f"the loss or a derivative is not finite: {where}; check the checkpoint")
 
-    # -- gradient
+    # -- derivatives
 
-    def finished(self, sums: Tensor) -> Tensor:  # (n,) -> (n,): divided, and checked
-        if not sums.isfinite().all():
+    def summed(
+        self,
+        part: Callable[[Batch], Sequence[Tensor]],  # a batch's share, one tensor per parameter, undivided
+        twice: bool = False,
+    ) -> Tensor:  # (n,), divided, and checked
+        "A sum over all examples in the shape of the parameters."
+
+        def work(batch: Batch, flat: Tensor) -> None:
+            for total, piece in zip(views(flat, self.parameters), part(batch), strict=True):
+                total += piece
+
+        sums = self.over_batches(work, self.n, self.dtype, twice)
+        if not sums.is_meta and not sums.isfinite().all():
             self.blame()
         return sums / self.total
 
     def gradient(self) -> Tensor:  # (n,)
         "Gradient of the loss at the present parameters."
+        return self.summed(lambda batch: torch.autograd.grad(self.batch_loss(batch), self.parameters, materialize_grads=True))
 
-        def work(batch: Batch, flat: Tensor) -> None:
-            gradient = torch.autograd.grad(self.batch_loss(batch), self.parameters, materialize_grads=True)
-            for total, part in zip(views(flat, self.parameters), gradient, strict=True):
-                total += part
+# %% ../../nbs/curvature/16_loss.ipynb #a01cee8c
+class LossOperator(CausalLoss):
+    "A symmetric matrix made of the loss's derivatives, as products with flat vectors."
 
-        return self.finished(self.over_batches(work, self.n, self.dtype, twice=False))
+    products = 0  # spent so far
+
+    def part(self, batch: Batch, direction: list[Tensor]) -> Sequence[Tensor]:  # v in the parameters' shapes
+        "What one batch adds to the product, one tensor per parameter, undivided."
+        raise NotImplementedError
+
+    def product(self, v: Tensor) -> Tensor:  # (n,) -> (n,)
+        direction = views(v, self.parameters)
+        return self.summed(lambda batch: self.part(batch, direction), twice=True)
+
+    def __matmul__(self, v: Tensor) -> Tensor:  # (n,) -> (n,)
+        if v.shape != (self.n,):
+            raise ValueError(f"v has shape {tuple(v.shape)}, the matrix is ({self.n}, {self.n}): pass a flat vector ({self.n},)")
+        product = self.product(v.detach().to(self.device, self.dtype))
+        self.products += 1
+        return product

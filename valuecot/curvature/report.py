@@ -58,7 +58,7 @@ def measure(
     "Both ends of the spectrum, gradient, trace and scale-invariant sharpness of one model."
     if groups is not None and len(groups) != len(examples):
         raise ValueError(f"{len(groups)} group labels for {len(examples)} examples: one each")
-    H = LossHessian(model, examples, reduction, token_budget, **options)
+    H = LossHessian(model, examples, reduction, token_budget=token_budget, **options)
     largest, smallest = both_ends(H, k, tol, seed, max_matvecs)
     trace = hutchinson_trace(H.exact, probes, seed, deflate=largest)
     adaptive, filters = (adaptive_sharpness(H, tol, seed, max_matvecs, units) for units in ("weights", "filters"))

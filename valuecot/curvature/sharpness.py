@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .eigen import top_eigenpairs
 from .hessian import LossHessian
-from .krylov import coefficients, norm
+from .krylov import coefficients
 from .loss import CausalLoss
 from .operators import Rescaled
 from ..types import Spectrum
