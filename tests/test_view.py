@@ -188,6 +188,13 @@ def test_planes_of_different_size_are_said(arms):
 
 
 @pytest.mark.parametrize("draw", [landscapes.surfaces, landscapes.contours])
+def test_a_preview_is_called_one(draw, arms):
+    wanted = {**arms, "Base": replace(arms["Base"], note="Chebyshev preview.")}
+    assert "Base: Chebyshev preview. " in draw(wanted, {}).caption + " "
+    assert "preview" not in draw(arms, {}).caption
+
+
+@pytest.mark.parametrize("draw", [landscapes.surfaces, landscapes.contours])
 def test_png_is_transparent_and_not_blank(draw, arms, tmp_path):
     figure = draw(arms, EIGENVALUES, "Title", "A caption")
     image = matplotlib.image.imread(figure.save_png(tmp_path / "x.png", dpi=60))
@@ -292,7 +299,7 @@ def test_eigenvalue_table_names_each_variation():
     cells = [(m, arm, seed, i, subset) for m in ("qwen", "llama") for arm in ("base", "standard", "annealing") for seed in (0, 1) for i in ("valuecot", "pyhessian") for subset in (0, 1, 2)]
     rows = pd.DataFrame(cells, columns=["model", "arm", "seed", "instrument", "subset"])
     rows["lambda_1"] = 100.0 + 10 * rows.subset + 50 * rows.seed + 1000 * (rows.model == "llama")
-    rows = rows.assign(lambda_2=10.0, lambda_min=-1.0, residual_1=1e-4 * (1 + rows.subset), residual_2=1e-5, matvecs=20, warnings="", scored_tokens=300, loss=2.0, gradient_norm=0.1)
+    rows = rows.assign(lambda_2=10.0, lambda_min=-1.0, residual_min=2e-3, residual_1=1e-4 * (1 + rows.subset), residual_2=1e-5, matvecs=20, warnings="", scored_tokens=300, loss=2.0, gradient_norm=0.1)
     line = report.eigenvalue_table(rows, "qwen", settings).iloc[0]
     assert (line["lambda_1 (nats)"], line["subsets"], line["seeds"]) == (135.0, 3, 2)
     assert line["lambda_1 SE over subsets (nats)"] == pytest.approx(10 / math.sqrt(3))

@@ -20,6 +20,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'valuecot.companion.pages.Page': ('companion/pages.html#page', 'valuecot/companion/pages.py'),
                                           'valuecot.companion.pages.Page.docname': ( 'companion/pages.html#page.docname',
                                                                                      'valuecot/companion/pages.py'),
+                                          'valuecot.companion.pages.Page.first_figure': ( 'companion/pages.html#page.first_figure',
+                                                                                          'valuecot/companion/pages.py'),
                                           'valuecot.companion.pages.Page.notebook': ( 'companion/pages.html#page.notebook',
                                                                                       'valuecot/companion/pages.py'),
                                           'valuecot.companion.pages.Page.stage': ( 'companion/pages.html#page.stage',

@@ -87,6 +87,10 @@ class Page:
         return self.folder / ("failed.ipynb" if self.failed else "run.ipynb")
 
     @property
+    def first_figure(self) -> Path | None:  # of a report
+        return min(self.folder.glob("figure?.png"), default=None) if self.stage == "report" else None
+
+    @property
     def docname(self) -> str:
         return "/".join(("runs", *(re.sub(r"[^\w.-]", "_", p) for p in self.parts)))
 
@@ -526,8 +530,7 @@ def teasers(
     parts = []
     for page in reports:
         link = f"{page.docname}.ipynb"
-        figure = min(page.folder.glob("figure?.png"), default=None)
-        picture = f"\n\n```{{image}} /{page.docname}-teaser.png\n:alt: first figure of the report\n:target: {page.docname}.html\n:width: 100%\n```" if figure else ""
+        picture = f"\n\n```{{image}} /{page.docname}-teaser.png\n:alt: first figure of the report\n:target: {page.docname}.html\n:width: 100%\n```" if page.first_figure else ""
         parts.append(f"[{escape_markdown(page.title)}]({link}): tables, figures and texts, each with links to the runs that made them.{picture}")
     return "\n\n".join(parts)
 
@@ -599,8 +602,8 @@ def write_sources(
     add_libraries(sources / "_static")
     for page in pages:
         write_page(page, pages, sources, base=str(root()))
-        if page.stage == "report" and (figure := min(page.folder.glob("figure?.png"), default=None)):
-            shutil.copy(figure, sources / f"{page.docname}-teaser.png")
+        if page.first_figure:
+            shutil.copy(page.first_figure, sources / f"{page.docname}-teaser.png")
     for study, stage in dict.fromkeys((p.study, p.stage) for p in pages if p.stage != "report"):
         own = [p for p in pages if (p.study, p.stage) == (study, stage)]
         (sources / (stage_docname(own) + ".md")).write_text(stage_page(own))

@@ -75,7 +75,7 @@ def eigenvalue_table(rows: pd.DataFrame, model: str, settings) -> pd.DataFrame:
             "arm": arm, "label": settings[f"arm.{arm}"].label, "paper lambda_max (nats)": paper[0], "paper SE over 3 subsets (nats)": paper[1],
             "lambda_1 (nats)": l1, "lambda_1 SE over subsets (nats)": s1, "lambda_2 (nats)": l2, "lambda_2 SE over subsets (nats)": s2,
             "subsets": ours.subset.nunique(), "seeds": ours.seed.nunique(), "lambda_1 SE over seeds (nats)": spread(ours, "lambda_1", "seed")[1],
-            "worst residual": float(ours[["residual_1", "residual_2"]].max(axis=None)), "products per subset": ours.matvecs.mean(), "lambda_min (nats)": spread(ours, "lambda_min", "subset")[0],
+            "worst residual": float(ours[["residual_1", "residual_2"]].max(axis=None)), "products per subset": ours.matvecs.mean(), "lambda_min (nats)": spread(ours, "lambda_min", "subset")[0], "lambda_min worst residual": float(ours.residual_min.max()),
             "planes ill-defined (of subsets)": int(ours.warnings.str.contains("ill-defined").sum()), "scored tokens per subset": ours.scored_tokens.mean(),
             "PyHessian largest |lambda| by subset (nats)": "; ".join(f"{x:.4g}" for x in peer.lambda_1), "PyHessian worst residual": float(peer[["residual_1", "residual_2"]].max(axis=None)), "PyHessian products per subset": peer.matvecs.mean(),
             "loss (nats/token)": ours.loss.mean(), "gradient norm": ours.gradient_norm.mean(),
@@ -106,6 +106,7 @@ def evidence(table: pd.DataFrame, prompts: int) -> Html:
     found = pd.DataFrame({
         "arm": table.label,
         "residual": [f"{x:.1e}" for x in table["worst residual"]],
+        "residual of most negative λ": [f"{x:.1e}" for x in table["lambda_min worst residual"]],
         "products": [f"{x:.0f}" for x in table["products per subset"]],
         "PyHessian residual": [f"{x:.1e}" for x in table["PyHessian worst residual"]],
         "products ": [f"{x:.0f}" for x in table["PyHessian products per subset"]],

@@ -28,7 +28,7 @@ def row(instrument: str, subset: int, found: Spectrum, least: Spectrum | None = 
     r1, r2 = (float(x) for x in found.residuals[:2])
     return {
         "instrument": instrument, "subset": subset, "lambda_1": first, "lambda_2": second, "residual_1": r1, "residual_2": r2, "matvecs": found.matvecs,
-        "lambda_min": least and float(least.eigenvalues[0]), "residual_min": least and float(least.residuals[0]), "lambda_3": found.next_value, "loss": found.loss, "gradient_norm": found.gradient_norm, "warnings": list(found.warnings), "examples": found.examples, "converged": bool(found.converged.all()),
+        "lambda_min": least and float(least.eigenvalues[0]), "residual_min": least and float(least.residuals[0]), "lambda_3": found.next_value, "loss": found.loss, "gradient_norm": found.gradient_norm, "warnings": [*found.warnings, *(f"most negative value: {note}" for note in (least.warnings if least else ()))], "examples": found.examples, "converged": bool(found.converged.all()),
     }
 
 

@@ -62,6 +62,7 @@ class Panel:
     rise: np.ndarray  # (a, b), nats/token
     low: float  # range to draw, nats/token
     high: float
+    note: str = ""  # what its maker says of it
 
     @property
     def subtitle(self) -> str:
@@ -89,7 +90,7 @@ def panels(
         own = zoom and np.isfinite(rises[label]).any()
         low, high = common_range([rises[label]]) if own else shared
         eigenvalues = tuple(float(x) for x in spectra.get(label, ()))
-        made.append(Panel(label, eigenvalues, np.asarray(land.alphas, float), np.asarray(land.betas, float), rises[label], low, high))
+        made.append(Panel(label, eigenvalues, np.asarray(land.alphas, float), np.asarray(land.betas, float), rises[label], low, high, land.note))
     return made
 
 # %% ../../nbs/view/61_landscapes.ipynb #c3c8a043
@@ -103,6 +104,7 @@ def notes(
     said += ["ZOOM: each panel has a range of its own; compare shapes, not heights."] if zoom else []
     said += ["One range and one colour scale for all panels."] if not zoom and len(drawn) > 1 else []
     for p in drawn:
+        said += [f"{p.label}: {p.note.strip().rstrip('.')}."] if p.note.strip() else []
         finite = np.isfinite(p.rise)
         if not finite.all():
             said.append(f"{p.label}: {int((~finite).sum())} of {finite.size} cells have no finite loss and are left blank.")
