@@ -178,6 +178,10 @@ def test_real_chat_templates_keep_the_prefix_and_the_date(name):
     example = encode(tokenizer, PROMPT, TRACE, True)
     scored = tokenizer.decode(example["input_ids"][example["labels"] != -100])
     assert "The user wants to keep it.\n</think>" in scored and "Ask who lost it first." in scored
+    parts = {part: encode(tokenizer, PROMPT, TRACE, True, part)["labels"] != -100 for part in ("prompt", "reasoning", "response", "text")}
+    assert (parts["prompt"].int() + parts["reasoning"].int() + parts["response"].int()).eq(1).all() and parts["text"].all()
+    assert tokenizer.decode(example["input_ids"][parts["response"]]).strip().startswith("Ask who lost it first.")
+    assert tokenizer.decode(example["input_ids"][parts["reasoning"]]).rstrip().endswith("</think>")
     assert opens_thinking(tokenizer, True) == ("Qwen" in name)
     if "Llama" in name:
         assert "26 Jul 2024" in text and example["input_ids"].tolist().count(tokenizer.convert_tokens_to_ids("<|begin_of_text|>")) == 1

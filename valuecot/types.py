@@ -74,11 +74,13 @@ class Arm(Shown):
     grpo: str  # splits whose prompts its reinforcement learning sees, joined by "+"
     thinking: bool  # prompts end inside an open <think>
     target: str  # trace style whose text the Hessian is taken over
-    part: Literal["completion", "response"]  # reasoning and response, or the response alone
+    part: Literal["completion", "reasoning", "response", "prompt", "text"]  # what is scored of it; completion: reasoning and response; text: all
 
     def __post_init__(self):
         if wrong := set(self.grpo.split("+")) - {"sft", "grpo"}:
             raise ValueError(f"arm {self.name}: grpo = {self.grpo!r} names {', '.join(sorted(wrong)) or 'nothing'}; an arm trains on sft, grpo or sft+grpo, never on held-out prompts")
+        if self.part == "reasoning" and not self.thinking:
+            raise ValueError(f"arm {self.name}: part = reasoning, but thinking = no: its text holds no reasoning, take response")
 
 # %% ../nbs/00_types.ipynb #64d9a672-4
 @dataclass(frozen=True)

@@ -99,17 +99,26 @@ def conversation(prompt: Prompt, trace: Trace, thinking: bool) -> dict[str, obje
     }
 
 # %% ../../nbs/training/50_models.ipynb #16fbf56b
-def encode(tokenizer, prompt: Prompt, trace: Trace, thinking: bool) -> dict[str, torch.Tensor]:  # input_ids, labels (T,)
-    "Tokens of one example for the Hessian; labels are -100 up to the completion."
+def encode(
+    tokenizer,
+    prompt: Prompt,
+    trace: Trace,
+    thinking: bool,
+    part: str = "completion",  # scored: completion = reasoning + response, prompt, text = all; as in Arm
+) -> dict[str, torch.Tensor]:  # input_ids, labels (T,)
+    "Tokens of one example for the Hessian; labels are -100 where nothing is scored."
     row = conversation(prompt, trace, thinking)
     before = render(tokenizer, prompt.text, thinking)
     whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False, **template_options(thinking))
     if not whole.startswith(before):
         raise ValueError(f"prompt {prompt.id}: the chat template's prompt is no prefix of the whole text:\n{before[-80:]!r}\nagainst\n{whole[max(0, len(before) - 80) : len(before)]!r}")
-    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]  # the template wrote BOS
-    start = len(tokenizer(before, add_special_tokens=False)["input_ids"])
-    labels = [-100] * start + ids[start:]
-    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+    close = whole.find("</think>", len(before))
+    upto = before if close < 0 else whole[: close + len("</think>")]
+    ids, start, middle = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (whole, before, upto))  # the template wrote BOS
+    first, last = {"completion": (len(start), None), "reasoning": (len(start), len(middle)), "response": (len(middle), None), "prompt": (0, len(start)), "text": (0, None)}[part]
+    labels = torch.full((len(ids),), -100)
+    labels[first:last] = torch.tensor(ids)[first:last]
+    return {"input_ids": torch.tensor(ids), "labels": labels}
 
 # %% ../../nbs/training/50_models.ipynb #7c99b2dc
 def targets(tokenizer, prompts: list[Prompt], traces: list[Trace], arm: Arm, subset: int) -> list[dict[str, torch.Tensor]]:
@@ -118,7 +127,7 @@ def targets(tokenizer, prompts: list[Prompt], traces: list[Trace], arm: Arm, sub
     written = {t.prompt_id: t for t in traces if t.style == arm.target}
     if not chosen or any(p.id not in written for p in chosen):
         raise ValueError(f"subset {subset} has {len(chosen)} prompts, of which {sum(p.id in written for p in chosen)} have a {arm.target} trace")
-    return [encode(tokenizer, p, written[p.id], thinking=arm.part == "completion") for p in chosen]
+    return [encode(tokenizer, p, written[p.id], arm.thinking, arm.part) for p in chosen]
 
 # %% ../../nbs/training/50_models.ipynb #79222c2f
 def scratch_config(shape: ModelShape, tokenizer):  # -> PreTrainedConfig
