@@ -13,6 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from valuecot.curvature import MatrixOperator
+from valuecot.geometry.landscape import surface
 
 ROOT = Path(__file__).parents[1]
 TABLES = ("table2.csv", "spectrum.csv", "samples.csv", "curves.csv", "landscape_checks.csv", "prompts.csv", "table3.csv", "table4.csv")
@@ -166,3 +169,36 @@ def test_each_stage_survives_a_kill(outputs, tmp_path, stage):
     said, _ = run.communicate(timeout=600)
     assert run.returncode == 0, said[-3000:]
     assert tables(tmp_path) == tables(outputs)
+
+
+# ---- a long grid
+class Dying(MatrixOperator):
+    "A bowl whose loss can be asked a few times only."
+
+    asked, limit = 0, 10**9
+
+    def evaluate(self) -> float:
+        self.asked += 1
+        if self.asked > self.limit:
+            raise KeyboardInterrupt
+        return super().evaluate()
+
+
+def test_a_killed_landscape_goes_on_from_its_points(tmp_path):
+    def bowl() -> Dying:
+        return Dying(torch.diag(torch.tensor([4.0, 1.0])), torch.tensor([0.3, 0.1]), loss=2.0)
+
+    axis, place = torch.linspace(-1, 1, 5), tmp_path / ".subset0.jsonl"
+    whole = surface(bowl(), torch.eye(2), axis, tmp_path / ".whole.jsonl", "key")
+    H = bowl()
+    H.limit = 12
+    with pytest.raises(KeyboardInterrupt):
+        surface(H, torch.eye(2), axis, place, "key")
+    place.write_bytes(place.read_bytes()[:-3])  # and the last line was cut off
+    again = bowl()
+    found = surface(again, torch.eye(2), axis, place, "key")
+    assert torch.equal(found.loss, whole.loss) and found.center == whole.center
+    assert again.asked == 1 + 25 - 10, "the centre, and the points that no whole line told"
+    other = bowl()
+    surface(other, torch.eye(2), axis, place, "another key")
+    assert other.asked == 26, "points of other code or inputs are not gone on from"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_text', 'plain', 'write_json', 'read_json', 'write_records', 'read_records', 'restore', 'save_tensors',
-           'load_tensors', 'hash_file', 'hash_folder', 'digest']
+           'load_tensors', 'Journal', 'hash_file', 'hash_folder', 'digest']
 
 # %% ../nbs/10_store.ipynb #5b15ff77
 import dataclasses
@@ -110,6 +110,33 @@ def load_tensors(path: Path, kind: type) -> object:  # of `kind`
         tensors = {k: file.get_tensor(k) for k in file.keys()}
     lists = {k: tuple(v) if isinstance(v, list) else (float("nan") if v is None else v) for k, v in rest.items()}
     return kind(**tensors, **lists)
+
+# %% ../nbs/10_store.ipynb #c1be91c0
+class Journal:
+    "Rows of numbers that reach the disk as they are made; a killed run goes on from them."
+
+    def __init__(
+        self,
+        path: Path,  # one file; hidden ones are no result
+        key: str,  # of what makes the rows; those of another key are dropped
+    ):
+        self.path = Path(path)
+        lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []  # what follows the last line end was cut off
+        head = json.dumps(key)
+        kept = lines[1:] if lines[:1] == [head] else []
+        self.rows = [json.loads(line) for line in kept]
+        write_text(self.path, "".join(f"{line}\n" for line in (head, *kept)))
+
+    def __enter__(self) -> "Journal":
+        self.file = open(self.path, "a", encoding="utf-8")
+        return self
+
+    def add(self, *row: float) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
 
 # %% ../nbs/10_store.ipynb #642de554
 def hash_file(path: Path) -> str:  # 64 hex digits

@@ -5,18 +5,22 @@
 # %% ../../nbs/geometry/60_landscape.ipynb #cd7b51c4
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import torch
+from tqdm import tqdm
 
 from ..curvature import LossHessian, eigenplane
 from ..curvature.plane import three_point_curvature
 from ..flow.plan import Stage
 from ..flow.run import begin, finish
-from ..store import load_tensors, read_json, read_records, save_tensors, write_json
+from ..store import Journal, load_tensors, read_json, read_records, save_tensors, write_json
 from ..training.models import fix, load_model, targets
 from ..types import Landscape, Prompt, Run, Spectrum, Trace
 
 # %% auto #0
-__all__ = ['stage', 'checks', 'run_landscape']
+__all__ = ['stage', 'checks', 'surface', 'run_landscape']
 
 # %% ../../nbs/geometry/60_landscape.ipynb #6f89fce7
 stage = Stage("landscape", levels=("model", "arm", "seed"), reads=("geometry.hessian", "geometry.landscape", "arm.{arm}"), inputs=("prompts", "traces", "grpo", "spectrum", "range"))
@@ -29,6 +33,20 @@ def checks(H: LossHessian, land: Landscape, spectrum: Spectrum) -> list[dict[str
         curvature, step = three_point_curvature(H, vector)
         rows.append({"direction": i, "eigenvalue": value, "three_point": curvature, "step": step, "relative_difference": abs(curvature - value) / abs(value), "center_difference": abs(land.center - H.loss)})
     return rows
+
+
+def surface(H: LossHessian, vectors: torch.Tensor, axis: torch.Tensor, place: Path, key: str) -> Landscape:
+    "One grid, going on where a killed run stopped."
+    done = torch.full((len(axis), len(axis)), float("nan"), dtype=torch.float64)
+    with Journal(place, key) as journal, tqdm(total=done.numel(), desc=place.stem, initial=len(journal.rows), unit="point", delay=30, file=sys.__stderr__) as bar:
+        for i, j, loss in journal.rows:
+            done[i, j] = loss
+
+        def keep(i: int, j: int, loss: float) -> None:
+            journal.add(i, j, loss)
+            bar.update()
+
+        return eigenplane(H, vectors, axis, axis, keep, done)
 
 
 def run_landscape(run: Run) -> dict[str, Landscape]:  # "subset0", "subset1"
@@ -44,9 +62,10 @@ def run_landscape(run: Run) -> dict[str, Landscape]:  # "subset0", "subset1"
     hessian, found, evidence = run.settings["geometry.hessian"], {}, []
     for subset in sorted({p.subset for p in prompts} - {-1})[:2]:
         H = LossHessian(model, targets(tokenizer, prompts, traces, arm, subset), reduction=hessian.reduction, token_budget=hessian.token_budget)
-        found[f"subset{subset}"] = eigenplane(H, spectrum.eigenvectors[:2].to(device), axis, axis)
+        found[f"subset{subset}"] = surface(H, spectrum.eigenvectors[:2].to(device), axis, run.out / f".subset{subset}.jsonl", run.key)
         save_tensors(run.out / f"subset{subset}.safetensors", found[f"subset{subset}"])
         evidence = evidence or checks(H, found["subset0"], spectrum)
+        (run.out / f".subset{subset}.jsonl").unlink()
     write_json(run.out / "checks.json", evidence)
     finish(run, {"grid": settings.grid, "radius": radius, "subsets": list(found), "checks": evidence}, device, str(model.dtype))
     return found
