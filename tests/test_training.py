@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from valuecot.settings import GRPO, SFT, ModelShape, load
 from valuecot.text import well_formed
+from valuecot.training import costs
 from valuecot.training.grpo import checked, grpo_config, judge_reward, train_grpo
 from valuecot.training.models import conversation, encode, fix, load_model, opens_thinking, render, save_model, scratch_model, targets, train_tokenizer
 from valuecot.training.judge import check_rewards, visible
@@ -185,3 +187,29 @@ def test_real_chat_templates_keep_the_prefix_and_the_date(name):
     assert opens_thinking(tokenizer, True) == ("Qwen" in name)
     if "Llama" in name:
         assert "26 Jul 2024" in text and example["input_ids"].tolist().count(tokenizer.convert_tokens_to_ids("<|begin_of_text|>")) == 1
+
+
+# ---- costs
+def test_the_plan_knows_the_papers_shapes():
+    settings = load("paper")
+    for name, millions, tied in (("qwen", 752.4, True), ("llama", 1235.8, True)):
+        config, source = costs.shape_of(name, settings[f"model.{name}"])
+        with torch.device("meta"):
+            ghost = AutoModelForCausalLM.from_config(config)
+        assert sum(p.numel() for p in ghost.parameters()) / 1e6 == pytest.approx(millions, abs=0.1) and config.tie_word_embeddings == tied
+        assert "not in the local cache" in source
+
+
+def test_the_plan_says_what_does_not_fit(monkeypatch):
+    monkeypatch.setattr(costs, "memory_here", lambda: ("a card", 2e6, 1e12))
+    said = costs.report(load("tiny", "geometry.hessian.vectors=device"), 60)
+    assert said.count("does not fit: a card has 2.0 MB; geometry.hessian.vectors=host") == 2
+    monkeypatch.setattr(costs, "memory_here", lambda: ("a card", 1e12, 1e6))
+    assert costs.report(load("tiny"), 60).count("does not fit: the vectors need") == 2
+    monkeypatch.setattr(costs, "memory_here", lambda: ("a card", 1e12, 1e12))
+    assert "does not fit" not in costs.report(load("tiny"), 60)
+
+
+def test_a_wrong_plan_is_one_line(capsys, tmp_path):
+    assert costs.main(["--profile", "tinny"]) == 2 and "did you mean 'tiny'" in capsys.readouterr().err
+    assert costs.main(["--set", f"model.llama.source={tmp_path}"]) == 2 and "holds no model" in capsys.readouterr().err

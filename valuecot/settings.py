@@ -158,6 +158,7 @@ class Hessian:
     tol: float
     max_matvecs: int
     token_budget: int
+    vectors: Literal["host", "device"]
     reduction: Literal["token", "example"]
 
     def __post_init__(self):
@@ -185,6 +186,14 @@ class ModelShape:
     kv_heads: int
     intermediate: int
     vocab: int
+    head_dim: int = 0  # 0: hidden / heads
+    linear_heads: int = 0  # of linear attention; 0: as many as heads
+    linear_head_dim: int = 0  # 0: as head_dim
+
+    @property
+    def dims(self) -> tuple[int, int, int]:  # head_dim, linear_heads, linear_head_dim
+        head = self.head_dim or self.hidden // self.heads
+        return head, self.linear_heads or self.heads, self.linear_head_dim or head
 
 
 @dataclass(frozen=True)
@@ -299,7 +308,7 @@ def cast(
         raise ValueError(f"{where} = {text!r} is not {'a whole number' if kind is int else 'a number'}") from None
     if not 0 <= value < float("inf"):
         raise ValueError(f"{where} = {text!r} must be finite and not negative")
-    if kind is int and value == 0 and not where.endswith(("seed", "seeds", "top_k")):
+    if kind is int and value == 0 and not where.endswith(("seed", "seeds", "top_k", "head_dim", "linear_heads")):
         raise ValueError(f"{where} = 0 would leave nothing to do: it counts something, so at least 1")
     return value
 

@@ -5,7 +5,7 @@
 # %% ../../nbs/geometry/50_spectrum.ipynb #2935f88b
 from __future__ import annotations
 
-from ..curvature import LossHessian
+from ..curvature import Hosted, LossHessian
 from ..curvature.eigen import both_ends
 from ..curvature.peers import pyhessian_eigenpairs
 from ..flow.plan import Stage
@@ -35,7 +35,7 @@ def row(instrument: str, subset: int, found: Spectrum, least: Spectrum | None = 
 def measure_subset(model, examples: list, settings: Hessian, subset: int) -> tuple[Spectrum, list[dict]]:  # ours, rows of both
     "Both instruments on one subset."
     H = LossHessian(model, examples, reduction=settings.reduction, token_budget=settings.token_budget)
-    ours, least = both_ends(H, k=settings.top_n, tol=settings.tol, seed=0, max_matvecs=settings.max_matvecs)
+    ours, least = both_ends(Hosted(H) if settings.vectors == "host" else H, k=settings.top_n, tol=settings.tol, seed=0, max_matvecs=settings.max_matvecs)
     peer = pyhessian_eigenpairs(model, examples, k=settings.top_n, max_iterations=settings.max_iterations, tol=settings.peer_tol, seed=0, reduction=settings.reduction)
     return ours, [row("valuecot", subset, ours, least), row("pyhessian", subset, peer)]
 

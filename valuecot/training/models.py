@@ -22,7 +22,7 @@ from ..types import Arm, Prompt, Trace
 
 # %% auto #0
 __all__ = ['pattern', 'marks', 'hold_memory', 'fix', 'chat_template', 'train_tokenizer', 'render', 'opens_thinking',
-           'template_options', 'conversation', 'encode', 'targets', 'scratch_config', 'scratch_model',
+           'template_options', 'conversation', 'encode', 'targets', 'shape_config', 'scratch_config', 'scratch_model',
            'parameter_count', 'save_model', 'load_model']
 
 # %% ../../nbs/training/50_models.ipynb #df8a787c
@@ -130,20 +130,25 @@ def targets(tokenizer, prompts: list[Prompt], traces: list[Trace], arm: Arm, sub
     return [encode(tokenizer, p, written[p.id], arm.thinking, arm.part) for p in chosen]
 
 # %% ../../nbs/training/50_models.ipynb #79222c2f
-def scratch_config(shape: ModelShape, tokenizer):  # -> PreTrainedConfig
-    "Configuration of a scratch model."
+def shape_config(shape: ModelShape, **tokens: int):  # -> PreTrainedConfig
+    "Configuration of a model of `shape`; `tokens`: vocab_size and special tokens."
     from transformers import LlamaConfig, Qwen3_5TextConfig
 
+    head_dim, linear_heads, linear_dim = shape.dims
     common = dict(
-        vocab_size=len(tokenizer), hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        intermediate_size=shape.intermediate, head_dim=shape.hidden // shape.heads, max_position_embeddings=4096, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, dtype="float32",
+        hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        intermediate_size=shape.intermediate, head_dim=head_dim, max_position_embeddings=4096, tie_word_embeddings=True, dtype="float32", **tokens,
     )
     if shape.architecture == "llama":
         return LlamaConfig(**common)
     kinds = ["full_attention" if (i + 1) % min(4, shape.layers) == 0 else "linear_attention" for i in range(shape.layers)]
-    heads = dict(linear_num_key_heads=shape.heads, linear_num_value_heads=shape.heads, linear_key_head_dim=shape.hidden // shape.heads, linear_value_head_dim=shape.hidden // shape.heads)
+    heads = dict(linear_num_key_heads=linear_heads, linear_num_value_heads=linear_heads, linear_key_head_dim=linear_dim, linear_value_head_dim=linear_dim)
     return Qwen3_5TextConfig(**common, **heads, layer_types=kinds)
+
+
+def scratch_config(shape: ModelShape, tokenizer):  # -> PreTrainedConfig
+    "Configuration of a scratch model."
+    return shape_config(shape, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
 
 
 def scratch_model(shape: ModelShape, tokenizer):  # -> PreTrainedModel
