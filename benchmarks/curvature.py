@@ -309,9 +309,8 @@ def verdicts(rows: list[dict], units: dict) -> list[dict]:
     for name, xs in (ratios(rows) | {k: [v] for k, v in units.items() if k in AIMS}).items():
         if not xs:
             continue
-        (aim, floor), middle = AIMS[name], statistics.median(xs)
-        met = (lambda bar: middle <= bar) if name in AT_MOST else (lambda bar: middle >= bar)
-        found.append({"ratio": name, "median": round(middle, 3), "range": [round(min(xs), 3), round(max(xs), 3)], "n": len(xs), "aim": aim, "floor": floor, "verdict": "reached" if met(aim) else "floor held, aim missed" if met(floor) else "missed"})
+        (aim, floor), middle, sign = AIMS[name], statistics.median(xs), 1 if name in AT_MOST else -1
+        found.append({"ratio": name, "median": round(middle, 3), "range": [round(min(xs), 3), round(max(xs), 3)], "n": len(xs), "aim": aim, "floor": floor, "verdict": "reached" if sign * middle <= sign * aim else "floor held, aim missed" if sign * middle <= sign * floor else "missed"})
     return found
 
 
