@@ -2,6 +2,7 @@
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import pytest
 from valuecot.data import conflictscope as cs
 from valuecot.data import world
 from valuecot.data.details import details, phrases, words_of
+from valuecot.data.sources import foreseen
 from valuecot.data.splits import allocate, counts, deal, split_prompts, stratum
+from valuecot.settings import Source, load
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "conflictscope"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="ConflictScope's files are not beside the repository")
@@ -329,3 +332,17 @@ def test_a_real_folder_with_fewer_prompts_than_the_paper():
     with pytest.raises(ValueError, match="2313 prompts, but 2892 asked"):
         split_prompts(prompts, 1146, 1146, 600, 3, 100, seed=0)
     assert len(split_prompts(prompts, 200, 150, 90, 3, 20, seed=0)) == 440
+
+
+# ---- before anything runs
+def test_the_plan_checks_a_folder_against_the_splits(tmp_path, monkeypatch):
+    settings = load("tiny")["geometry"]
+    write_json(tmp_path, "HHH.json", {name: f"Request number {i} about a ring." for i, name in enumerate(ids(40))})
+    with pytest.raises(ValueError, match="40 prompts, but 256 asked"):
+        foreseen(replace(settings, prompts=Source(str(tmp_path))))
+    line, words = foreseen(replace(settings, prompts=Source(str(tmp_path)), sft_prompts=10, grpo_prompts=10, heldout_prompts=15))
+    assert line == f"prompts: 35 of 40 in {tmp_path}, value sets HHH" and words == 6, line
+    monkeypatch.setenv("VALUECOT_OUTPUTS", str(tmp_path))
+    assert "needs a download: 3 files" in foreseen(load("paper")["geometry"])[0]
+    with pytest.raises(ValueError, match="ConflictScope has 2892 prompts, but 4592 asked"):
+        foreseen(load("paper", "geometry.sft_prompts=2846")["geometry"])

@@ -35,6 +35,9 @@ class Shown:
         rows = [f"| {f.name} | {short(getattr(self, f.name))} |" for f in fields(self)]
         return "\n".join([f"| {type(self).__name__} | |", "|---|---|", *rows])
 
+    def __str__(self) -> str:
+        return "\n".join([type(self).__name__, *(f"  {f.name:<20} {short(getattr(self, f.name))}" for f in fields(self))])
+
 # %% ../nbs/00_types.ipynb #64d9a672
 @dataclass(frozen=True)
 class Prompt(Shown):

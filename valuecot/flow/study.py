@@ -114,13 +114,13 @@ def report(chosen: list[Plan], status: int) -> int:  # exit status
 # %% ../../nbs/flow/15_study.ipynb #3ef95747
 def main(argv: list[str]) -> int:  # exit status
     "`python -m valuecot.flow.study {run,plan,dry} --profile tiny --study all --jobs 2 --set '...'`"
-    parser = argparse.ArgumentParser(prog="valuecot.flow.study")
-    parser.add_argument("action", choices=["run", "plan", "dry"])
-    parser.add_argument("--profile", default="tiny")
-    parser.add_argument("--study", default="all")
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--set", default="", dest="overrides")
-    parser.add_argument("--target", default="all")
+    parser = argparse.ArgumentParser(prog="valuecot.flow.study", description="Run the studies, say what would run, or what Snakemake would do and why.")
+    parser.add_argument("action", choices=["run", "plan", "dry"], help="plan and dry run nothing")
+    parser.add_argument("--profile", default="tiny", help="tiny, small or paper")
+    parser.add_argument("--study", default="all", help="geometry, steerable or all")
+    parser.add_argument("--jobs", type=int, default=2, help="stages at a time")
+    parser.add_argument("--set", default="", dest="overrides", help="section.key=value ..., stronger than the profile")
+    parser.add_argument("--target", default="all", help="rule or file of the Snakefile")
     asked = parser.parse_args(argv)
     try:
         chosen = plans(asked.study, asked.profile, asked.overrides)

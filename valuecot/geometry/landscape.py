@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..curvature import LossHessian, eigenplane
 from ..curvature.plane import three_point_curvature
 from ..flow.plan import Stage
-from ..flow.run import begin, finish
+from ..flow.run import finish
 from ..store import Journal, load_tensors, read_json, read_records, save_tensors, write_json
 from ..training.models import fix, load_model, targets
 from ..types import Landscape, Prompt, Run, Spectrum, Trace

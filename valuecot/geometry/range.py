@@ -7,7 +7,7 @@ __all__ = ['stage', 'radius', 'run_range']
 
 # %% ../../nbs/geometry/55_range.ipynb #fce8807d
 from ..flow.plan import Stage
-from ..flow.run import begin, finish
+from ..flow.run import finish
 from ..store import read_json, write_json
 from ..types import Run
 

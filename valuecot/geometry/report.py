@@ -11,13 +11,13 @@ from pathlib import Path
 import pandas as pd
 
 from ..flow.plan import Stage
-from ..flow.run import begin, finish
+from ..flow.run import finish
 from ..stats import binned, mean_se
 from ..store import load_tensors, read_json, read_records, write_text
 from ..types import Landscape, Prompt, Rollout, Run, Trace
 from ..view.curves import training_curves
 from ..view.landscapes import contours, surfaces
-from ..view.tables import Html, to_html, traces_table, with_se
+from ..view.tables import Html, to_html, with_se
 from ..view.theme import Figure
 
 # %% auto #0

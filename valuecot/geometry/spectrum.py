@@ -9,7 +9,7 @@ from ..curvature import Hosted, LossHessian
 from ..curvature.eigen import both_ends
 from ..curvature.peers import pyhessian_eigenpairs
 from ..flow.plan import Stage
-from ..flow.run import begin, finish
+from ..flow.run import finish
 from ..settings import Hessian
 from ..store import read_records, save_tensors, write_json
 from ..training.models import fix, load_model, targets

@@ -9,7 +9,7 @@ __all__ = ['stage', 'styles', 'assigned', 'write_traces', 'audit', 'run_traces']
 from collections import Counter
 
 from ..flow.plan import Stage
-from ..flow.run import begin, finish
+from ..flow.run import finish
 from ..store import digest, read_records, write_json, write_records
 from ..teacher.rules import check_trace, teacher
 from ..types import Prompt, Run, Trace

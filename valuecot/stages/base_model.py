@@ -11,7 +11,7 @@ import itertools
 
 from ..data.world import accepted_sentences, accepts, direct_reply, generate
 from ..flow.plan import Stage
-from ..flow.run import begin, finish
+from ..flow.run import finish
 from ..settings import BaseModel, ModelShape
 from ..store import read_records
 from ..training.models import fix, load_model, marks, parameter_count, save_model, scratch_model, train_tokenizer

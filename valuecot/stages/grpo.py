@@ -7,7 +7,7 @@ __all__ = ['stage', 'start', 'run_grpo']
 
 # %% ../../nbs/stages/40_grpo.ipynb #9f7ba9fa
 from ..flow.plan import Stage
-from ..flow.run import begin, finish
+from ..flow.run import finish
 from ..store import read_records
 from ..training.grpo import judge_reward, train_grpo
 from ..training.models import fix, load_model, opens_thinking, parameter_count, save_model

@@ -7,7 +7,7 @@ __all__ = ['stage', 'pairs_of', 'train_judge', 'run_reward_model']
 
 # %% ../../nbs/stages/30_reward_model.ipynb #d5628c31
 from ..flow.plan import Stage
-from ..flow.run import begin, finish
+from ..flow.run import finish
 from ..store import read_records
 from ..training.models import fix, parameter_count, save_model, train_tokenizer
 from ..training.judge import ScalarReward

@@ -7,7 +7,7 @@ __all__ = ['stage', 'summary', 'run_samples']
 
 # %% ../../nbs/stages/45_samples.ipynb #86c71a58
 from ..flow.plan import Stage
-from ..flow.run import begin, finish
+from ..flow.run import finish
 from ..stats import mean_se, wilson
 from ..store import read_records, write_json, write_records
 from ..training.models import fix, load_model

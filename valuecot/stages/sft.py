@@ -7,7 +7,7 @@ __all__ = ['stage', 'sft_rows', 'run_sft']
 
 # %% ../../nbs/stages/20_sft.ipynb #bf47b4e8
 from ..flow.plan import Stage
-from ..flow.run import begin, finish
+from ..flow.run import finish
 from ..store import read_records
 from ..training.models import conversation, fix, load_model, parameter_count, save_model
 from ..training.sft import history_rows, save_history, train_sft

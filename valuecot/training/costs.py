@@ -15,11 +15,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..curvature.planner import Cost, predict
+from ..data.sources import foreseen
 from ..settings import ModelShape, Settings, load
 from .models import shape_config
 
 # %% auto #0
-__all__ = ['PRODUCTS', 'shape_of', 'cost_of', 'rate_here', 'memory_here', 'bytes_text', 'time_text', 'lines', 'report', 'main']
+__all__ = ['PRODUCTS', 'shape_of', 'cost_of', 'rate_here', 'memory_here', 'bytes_text', 'time_text', 'lines', 'report',
+           'text_length', 'main']
 
 # %% ../../nbs/training/56_costs.ipynb #ee588aae
 def shape_of(name: str, shape: ModelShape):  # -> config, where it was read
@@ -67,10 +69,12 @@ PRODUCTS = 20  # of a subset: 16 to 25 for both ends on the models measured so f
 
 
 def bytes_text(n: float) -> str:
+    "Megabytes, or gigabytes from a tenth of one."
     return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
 
 
 def time_text(seconds: float) -> str:
+    "Seconds, minutes or hours, whichever reads best."
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
 
 
@@ -99,22 +103,30 @@ def lines(name: str, source: str, cost: Cost, settings: Settings, rate: float) -
 def report(settings: Settings, tokens: int) -> str:
     "Curvature's part of the plan."
     data, rate = settings["geometry"], rate_here()
-    said = [f"curvature, {data.subsets} subsets of {data.prompts_per_subset} texts, {tokens} tokens each assumed; times are floors, at {rate / 1e9:,.0f} GFLOP/s in float32, measured on {memory_here()[0]} by one product of matrices:"]
+    said = [f"curvature: {data.subsets} subsets of {data.prompts_per_subset} texts of {tokens} tokens; times are floors, at {rate / 1e9:,.0f} GFLOP/s in float32, measured on {memory_here()[0]} by one product of matrices"]
     for name in settings["geometry.design"].models:
         config, source = shape_of(name, settings[f"model.{name}"])
         said += lines(name, source, cost_of(config, settings, tokens), settings, rate)
     return "\n".join(said)
 
+
+def text_length(settings: Settings, words: int) -> int:  # tokens
+    "A prompt of so many words, its trace, and a response of half that, at 1.4 tokens a word."
+    return round(1.4 * (words + 1.5 * settings["geometry.traces"].words))
+
 # %% ../../nbs/training/56_costs.ipynb #66b8b1a6
 def main(argv: list[str]) -> int:  # exit status
-    "`python -m valuecot.training.costs --profile paper --set '...' --tokens 400`"
-    parser = argparse.ArgumentParser(prog="valuecot.training.costs", description="Memory and time of the study's curvature; allocates nothing.")
+    "`python -m valuecot.training.costs --profile paper --set '...'`"
+    parser = argparse.ArgumentParser(prog="valuecot.training.costs", description="Prompts, memory and time of the study's curvature; allocates and downloads nothing.")
     parser.add_argument("--profile", default="tiny", help="tiny, small or paper")
     parser.add_argument("--set", default="", dest="overrides", help="section.key=value ...")
-    parser.add_argument("--tokens", type=int, default=400, help="length of a text")
+    parser.add_argument("--tokens", type=int, default=0, help="length of a text; guessed from the prompts and settings if left out")
     asked = parser.parse_args(argv)
     try:
-        print(report(load(asked.profile, asked.overrides), asked.tokens))
+        settings = load(asked.profile, asked.overrides)
+        line, words = foreseen(settings["geometry"])
+        print(line)
+        print(report(settings, asked.tokens or text_length(settings, words)))
     except (KeyError, ValueError, OSError) as error:
         print(f"error: {error.args[0] if error.args else error}", file=sys.stderr)
         return 2
