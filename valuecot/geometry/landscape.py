@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from ..curvature import LossHessian, eigenplane
+from ..curvature.krylov import coefficients
 from ..curvature.plane import three_point_curvature
 from ..flow.plan import Stage
 from ..flow.run import finish
@@ -28,10 +29,10 @@ stage = Stage("landscape", levels=("model", "arm", "seed"), reads=("geometry.hes
 # %% ../../nbs/geometry/60_landscape.ipynb #35f8f918
 def checks(H: LossHessian, land: Landscape, spectrum: Spectrum) -> list[dict[str, float]]:  # one row per direction
     "Second differences against the eigenvalues."
-    rows = []
+    rows, gradient = [], H.gradient().cpu()
     for i, (value, vector) in enumerate(zip(spectrum.eigenvalues[:2].tolist(), spectrum.eigenvectors[:2], strict=True), 1):
         curvature, step = three_point_curvature(H, vector)
-        rows.append({"direction": i, "eigenvalue": value, "three_point": curvature, "step": step, "relative_difference": abs(curvature - value) / abs(value), "center_difference": abs(land.center - H.loss)})
+        rows.append({"direction": i, "slope": float(coefficients(vector[None], gradient)), "eigenvalue": value, "three_point": curvature, "step": step, "relative_difference": abs(curvature - value) / abs(value), "center_difference": abs(land.center - H.loss)})
     return rows
 
 
