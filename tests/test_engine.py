@@ -54,9 +54,12 @@ class Float64(TorchFunctionMode):
 
 
 def rows_of(outputs, parameters):
-    "Jacobian (outputs, n)."
-    found = [torch.autograd.grad(x, parameters, retain_graph=True, materialize_grads=True) for x in outputs]
-    return torch.stack([torch.cat([g.flatten() for g in row]) for row in found])
+    "Jacobian (outputs, n), 256 rows at a time."
+    parts = []
+    for rows in torch.eye(len(outputs), dtype=outputs.dtype).split(256):
+        found = torch.autograd.grad(outputs, parameters, rows, is_grads_batched=True, retain_graph=True, materialize_grads=True)
+        parts.append(torch.cat([g.flatten(1) for g in found], 1))
+    return torch.cat(parts)
 
 
 FAMILIES = [("llama", True), ("llama", False), ("qwen", True), ("qwen", False)]
