@@ -414,28 +414,37 @@ import sys, torch, torch.distributed as dist
 sys.path[:0] = [{tests!r}, {root!r}]
 from test_curvature import llama, qwen, texts, vector
 from valuecot.curvature import GaussNewton, LossHessian, eigenplane, top_eigenpairs
-torch.manual_seed(1); torch.set_num_threads(1)
-model = {family}(True)
+torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method="file://{meet}", rank=int(sys.argv[1]), world_size=2)
-H = LossHessian(model, texts(), distributed=True)
-s = top_eigenpairs(H)
-land = eigenplane(H, s.eigenvectors, [-0.1, 0.0, 0.1], [0.0])
-found = dict(product=H @ vector(H.n), gn=GaussNewton(model, texts(), distributed=True) @ vector(H.n), gradient=H.gradient(), loss=H.loss, values=s.eigenvalues, matvecs=s.matvecs, land=land.loss, rows=H.rows)
+found = dict()
+for family in (llama, qwen):
+    torch.manual_seed(1)
+    model = family(True)
+    H = LossHessian(model, texts(), distributed=True)
+    s = top_eigenpairs(H)
+    land = eigenplane(H, s.eigenvectors, [-0.1, 0.0, 0.1], [0.0])
+    found[family.__name__] = dict(product=H @ vector(H.n), gn=GaussNewton(model, texts(), distributed=True) @ vector(H.n), gradient=H.gradient(), loss=H.loss, values=s.eigenvalues, matvecs=s.matvecs, land=land.loss, rows=H.rows)
 torch.save(found, "{meet}." + sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen"])
-def test_two_processes_give_what_one_gives(tmp_path, family):
-    here = Path(__file__).parent
-    code = TWO.format(tests=str(here), root=str(here.parent), family=family, meet=str(tmp_path / "meet"))
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    "What each of two processes found, for both families."
+    here, meet = Path(__file__).parent, tmp_path_factory.mktemp("gloo") / "meet"
+    code = TWO.format(tests=str(here), root=str(here.parent), meet=str(meet))
     running = [subprocess.Popen([sys.executable, "-c", code, str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
     for process in running:
         assert process.wait(timeout=300) == 0, process.stderr.read()[-3000:]
-    first, second = (torch.load(tmp_path / f"meet.{rank}", weights_only=True) for rank in (0, 1))
+    return [torch.load(f"{meet}.{rank}", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("family", [llama, qwen])
+def test_two_processes_give_what_one_gives(processes, family):
+    first, second = (found[family.__name__] for found in processes)
     assert sorted(first["rows"] + second["rows"]) == [0, 1, 2, 3] and first["product"].equal(second["product"])
     torch.manual_seed(1)
-    model = {"llama": llama, "qwen": qwen}[family](True)
+    model = family(True)
     H = LossHessian(model, texts())
     s = top_eigenpairs(H)
     assert close(first["product"], H @ vector(H.n), 1e-6) and close(first["gradient"], H.gradient(), 1e-6)
