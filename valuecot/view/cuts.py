@@ -60,8 +60,8 @@ def cuts(
     "Measured loss along v1 and v2 beside the quadratic model at theta."
     lines = through_theta(land)
     drawn = [(x, rise, expected(x, float(g), float(h))) for (x, rise), g, h in zip(lines, slopes, eigenvalues, strict=True)]
-    spec, data = layout(title, height=330, margin={"l": 60, "r": 10, "t": 60, "b": 80}), []
-    spec["legend"] = {"orientation": "h", "x": 0.5, "xanchor": "center", "yref": "container", "y": 0.0, "yanchor": "bottom"}
+    spec, data = layout(title, height=320, margin={"l": 60, "r": 10, "t": 75, "b": 50}), []
+    spec["legend"] = {"orientation": "h", "x": 0.5, "xanchor": "center", "y": 1.0, "yanchor": "bottom"}
     axis = {"zeroline": False, "showline": True, "linecolor": FAINT, "gridcolor": FAINT, "ticks": "outside", "nticks": 6}
     for i, (steps, rise, model) in enumerate(drawn):
         n, left = str(i + 1) if i else "", 0.55 * i
