@@ -201,6 +201,54 @@ def test_kept_graphs_are_void_once_a_parameter_moves(model):
     assert H.graphs.held == 0 and not H.graphs.kept
 
 
+@pytest.mark.parametrize("write", [lambda p: p.mul_(3.0), lambda p: p.data.mul_(3.0)], ids=["in place", "through .data"])
+@pytest.mark.parametrize("method", ["exact", "forward-difference"])
+def test_any_weight_that_moves_voids_what_is_kept(model, write, method):
+    "Also one that is no direction of this operator, and one that autograd was not told of."
+    H = LossHessian(model, texts(), parameters=["model.layers.0.*"], method=method)
+    v = vector(H.n)
+    before = H @ v
+    with torch.no_grad():
+        write(model.model.embed_tokens.weight)
+    fresh = LossHessian(model, texts(), parameters=["model.layers.0.*"]) @ v
+    assert close(H @ v, fresh, 3e-2 if method == "forward-difference" else 1e-6) and not close(before, fresh, 0.1)
+
+
+def test_two_operators_move_one_model_in_turn(model):
+    one, two = (LossHessian(model, texts(), parameters=[pattern]) for pattern in ("*attn*", "*mlp*"))
+    v, w = vector(one.n), vector(two.n)
+    expected = two @ w
+    eigenplane(one, torch.linalg.qr(torch.stack([v, vector(one.n, 1)]).T)[0].T.contiguous(), [-0.1, 0.1], [0.1])
+    assert close(two @ w, expected, 1e-6) and close(one @ v, LossHessian(model, texts(), parameters=["*attn*"]) @ v, 1e-6)
+
+
+def test_twins_never_hold_graphs_at_once(model):
+    cheap = LossHessian(model, texts(), precision="bfloat16")
+    v = vector(cheap.n)
+    cheap @ v
+    assert cheap.graphs.held > 0
+    exact = cheap.exact
+    assert close(exact @ v, LossHessian(model, texts()) @ v, 1e-6)
+    assert exact.graphs.held > 0 and cheap.graphs.held == 0
+    cheap @ v
+    assert exact.graphs.held == 0
+    exact @ v
+    cheap.release()
+    assert exact.graphs.held == 0
+    far = LossHessian(model, texts(), method="difference")
+    far.exact @ v
+    assert far.exact.graphs.held == 0, "who asks for differences has no room for graphs"
+
+
+@pytest.mark.parametrize("kind", [GaussNewton, EmpiricalFisher])
+def test_a_search_in_low_precision_is_certified_in_full(model, kind):
+    cheap, full = kind(model, texts(), precision="bfloat16"), kind(model, texts())
+    s = top_eigenpairs(cheap, tol=1e-3)
+    measured = torch.stack([full @ v for v in s.eigenvectors]) - s.eigenvalues[:, None].float() * s.eigenvectors
+    assert cheap.exact.precision == "float32" and 0 < s.exact_matvecs < s.matvecs
+    assert (measured.norm(dim=1) / s.eigenvalues.abs()).tolist() == pytest.approx(s.residuals.tolist(), abs=2e-5)
+
+
 def test_only_as_many_graphs_are_kept_as_are_allowed(model):
     free = LossHessian(model, texts(), token_budget=1)
     v = vector(free.n)
@@ -653,6 +701,20 @@ def test_vectors_in_the_machines_memory_change_nothing(model):
     assert Hosted(H).exact.H is H and Hosted(LossHessian(model, texts(), method="difference")).exact.H.method == "exact"
     with pytest.raises(AttributeError):
         Hosted(H).no_such_thing  # noqa: B018
+
+
+def test_the_planner_finds_the_largest_batch():
+    "Which need not be the one with the longest text."
+    shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    with torch.device("meta"):
+        ghost = LlamaForCausalLM(LlamaConfig(**shape))
+    lengths = [131, *[125] * 6]
+    cost, model = predict(ghost, lengths, token_budget=256), LlamaForCausalLM(LlamaConfig(**shape))
+    rows = [{"input_ids": torch.randint(300, (n,)), "labels": torch.randint(300, (n,))} for n in lengths]
+    H, v = LossHessian(model, rows, token_budget=256, keep=0), torch.ones(cost.parameters)
+    with Live() as live:
+        H @ v
+    assert cost.product_bytes - v.nbytes == pytest.approx(live.peak, rel=0.15)
 
 
 def test_the_planner_wants_shapes_only(model):

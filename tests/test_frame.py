@@ -69,6 +69,7 @@ def test_published_numbers_equal_the_reference():
         ("arm.base.grpo=heldout", "never on held-out prompts"),
         ("arm.standard.part=respons", "did you mean 'response'"),
         ("arm.base.part=reasoning", "holds no reasoning"),
+        ("geometry.landscape.grid=24", "odd number"),
         ("geometry.sft.learning_rate=inf", "finite"),
         ("geometry.sft.learning_rte=1", "did you mean 'geometry.sft.learning_rate'"),
         ("geometry.grpo.bias_correction_kl=maybe", "not yes or no"),

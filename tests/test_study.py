@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from valuecot.curvature import MatrixOperator
+from valuecot.flow.run import begin, clear
+from valuecot.geometry import landscape
 from valuecot.geometry.landscape import surface
 
 ROOT = Path(__file__).parents[1]
@@ -175,7 +177,7 @@ def test_each_stage_survives_a_kill(outputs, tmp_path, stage):
 class Dying(MatrixOperator):
     "A bowl whose loss can be asked a few times only."
 
-    asked, limit = 0, 10**9
+    asked, limit, fingerprint = 0, 10**9, "bowl"
 
     def evaluate(self) -> float:
         self.asked += 1
@@ -199,6 +201,36 @@ def test_a_killed_landscape_goes_on_from_its_points(tmp_path):
     found = surface(again, torch.eye(2), axis, place, "key")
     assert torch.equal(found.loss, whole.loss) and found.center == whole.center
     assert again.asked == 1 + 25 - 10, "the centre, and the points that no whole line told"
-    other = bowl()
-    surface(other, torch.eye(2), axis, place, "another key")
-    assert other.asked == 26, "points of other code or inputs are not gone on from"
+    place.write_text(place.read_text().replace("[0, 3,", "[0, }3,"))
+    damaged = bowl()
+    assert torch.equal(surface(damaged, torch.eye(2), axis, place, "key").loss, whole.loss) and damaged.asked == 1 + 25 - 3
+    for vectors, steps, key in ((torch.eye(2), axis, "another key"), (-torch.eye(2), axis, "key"), (torch.eye(2), 2 * axis, "key")):
+        other = bowl()
+        surface(other, vectors, steps, place, key)
+        assert other.asked == 26, "points of another run, plane or range are not gone on from"
+
+
+def test_a_landscape_stage_killed_in_its_second_grid_keeps_the_first(outputs, tmp_path, monkeypatch):
+    def run():
+        return begin(landscape.stage, "test", "llama", "standard", 0, out=str(tmp_path))
+
+    monkeypatch.setenv("VALUECOT_OUTPUTS", str(outputs))
+    whole, asked = landscape.run_landscape(run()), []
+    assert not list(tmp_path.glob(".subset*"))
+    plain = landscape.eigenplane
+
+    def dying(H, vectors, alphas, betas, keep, done):
+        def counted(*row):
+            keep(*row)
+            asked.append(row)
+            if len(asked) == 12 and len(alphas) == 3:
+                raise KeyboardInterrupt
+
+        return plain(H, vectors, alphas, betas, counted, done)
+
+    monkeypatch.setattr(landscape, "eigenplane", dying)
+    with pytest.raises(KeyboardInterrupt):
+        landscape.run_landscape(run())
+    clear(tmp_path)
+    found = landscape.run_landscape(run())
+    assert len(asked) == 18 and all(torch.equal(found[k].loss, whole[k].loss) for k in whole), "nine points a grid, each computed once"

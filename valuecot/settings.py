@@ -173,6 +173,10 @@ class Grid:
     grid: int  # points per axis
     rise: float  # nats
 
+    def __post_init__(self):
+        if self.grid < 3 or self.grid % 2 == 0:
+            raise ValueError(f"geometry.landscape.grid = {self.grid}: take an odd number from 3, so that the grid has a point at theta")
+
 
 @dataclass(frozen=True)
 class ModelShape:

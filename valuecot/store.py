@@ -7,6 +7,7 @@ __all__ = ['write_text', 'plain', 'write_json', 'read_json', 'write_records', 'r
            'load_tensors', 'Journal', 'hash_file', 'hash_folder', 'digest']
 
 # %% ../nbs/10_store.ipynb #5b15ff77
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -113,7 +114,7 @@ def load_tensors(path: Path, kind: type) -> object:  # of `kind`
 
 # %% ../nbs/10_store.ipynb #c1be91c0
 class Journal:
-    "Rows of numbers that reach the disk as they are made; a killed run goes on from them."
+    "Rows of numbers written as they are made; a killed run goes on from them, up to the first damaged line."
 
     def __init__(
         self,
@@ -121,11 +122,12 @@ class Journal:
         key: str,  # of what makes the rows; those of another key are dropped
     ):
         self.path = Path(path)
-        lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []  # what follows the last line end was cut off
-        head = json.dumps(key)
-        kept = lines[1:] if lines[:1] == [head] else []
-        self.rows = [json.loads(line) for line in kept]
-        write_text(self.path, "".join(f"{line}\n" for line in (head, *kept)))
+        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if self.path.exists() else []  # what follows the last line end was cut off
+        head, self.rows = json.dumps(key), []
+        with contextlib.suppress(json.JSONDecodeError):
+            for line in lines[1:] if lines[:1] == [head] else []:
+                self.rows.append(json.loads(line))
+        write_text(self.path, "".join(f"{line}\n" for line in (head, *map(json.dumps, self.rows))))
 
     def __enter__(self) -> "Journal":
         self.file = open(self.path, "a", encoding="utf-8")

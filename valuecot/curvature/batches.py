@@ -97,8 +97,8 @@ class Batched:
     ) -> Tensor:  # (size,) summed over batches and processes
         "A sum over all examples that survives a lack of memory."
         while True:
-            total = torch.zeros(size, dtype=dtype, device=self.device)
             try:
+                total = torch.zeros(size, dtype=dtype, device=self.device)
                 for batch in self.batches:
                     work(batch, total)
                 break

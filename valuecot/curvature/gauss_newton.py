@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .cross_entropy import headless, slices
+from .cross_entropy import headless, no_autocast, slices
 from .examples import Batch
 from .loss import LossOperator, scored_outputs
 
@@ -46,7 +46,7 @@ class GaussNewton(LossOperator):
 
     def from_logits(self, batch: Batch, direction: list[Tensor]) -> Sequence[Tensor]:
         "One batch, through the model's own logits."
-        logits = scored_outputs(self.model, batch)
+        logits = scored_outputs(self.model, batch).to(self.dtype)
         image = along(logits, self.parameters, direction)
         back = curved(torch.softmax(logits.detach(), -1), image, batch.weights.to(image.dtype))
         return torch.autograd.grad(logits, self.parameters, back, materialize_grads=True)
@@ -54,7 +54,18 @@ class GaussNewton(LossOperator):
     def from_hidden(self, batch: Batch, direction: list[Tensor]) -> Sequence[Tensor]:
         "One batch, through hidden states and the head."
         with headless(self.head):
-            hidden = scored_outputs(self.model, batch)
+            hidden = scored_outputs(self.model, batch).to(self.dtype)
+        with no_autocast(hidden.device):  # the head's own arithmetic is exact
+            back, of_head, place = self.through_head(hidden, batch, direction)
+        found = [torch.zeros_like(p) for p in self.parameters]
+        if hidden.requires_grad:
+            found = list(torch.autograd.grad(hidden, self.parameters, back, materialize_grads=True))
+        if place is not None:
+            found[place] = found[place] + of_head
+        return found
+
+    def through_head(self, hidden: Tensor, batch: Batch, direction: list[Tensor]) -> tuple[Tensor, Tensor, int | None]:
+        "What goes back into the hidden states (S, d) and the head (V, d), and the head's place among the parameters."
         W, image = self.head.weight.detach(), along(hidden, self.parameters, direction)
         place = next((i for i, p in enumerate(self.parameters) if p is self.head.weight), None)
         moved = None if place is None else direction[place]
@@ -67,12 +78,7 @@ class GaussNewton(LossOperator):
             bent = curved(torch.softmax(h[part] @ W.T, -1), dz, weights[part])
             back[part] = bent @ W
             of_head.addmm_(bent.T, h[part])
-        found = [torch.zeros_like(p) for p in self.parameters]
-        if hidden.requires_grad:
-            found = list(torch.autograd.grad(hidden, self.parameters, back, materialize_grads=True))
-        if place is not None:
-            found[place] = found[place] + of_head
-        return found
+        return back, of_head, place
 
 # %% ../../nbs/curvature/20_gauss_newton.ipynb #bcb9f760
 class EmpiricalFisher(LossOperator):

@@ -6,7 +6,6 @@
 __all__ = ['METHODS', 'saved_by', 'graph_bytes', 'free_memory', 'Graphs', 'place_of', 'movable', 'LossHessian']
 
 # %% ../../nbs/curvature/18_hessian.ipynb #912fd184
-import copy
 import os
 import warnings
 from collections.abc import Sequence
@@ -93,9 +92,11 @@ class Graphs:
             self.allowance = self.held  # batches come longest first: do not measure every one
 
 # %% ../../nbs/curvature/18_hessian.ipynb #d4419c3a
-def place_of(parameters: list[Tensor]) -> tuple[tuple[int, int], ...]:
-    "Where a model stands: changes whenever a parameter is written to or replaced."
-    return tuple((p.data_ptr(), p._version) for p in parameters)
+def place_of(model: nn.Module) -> tuple:
+    "Where a model stands: changes when a tensor of it is replaced or written to, by `.data` or not."
+    held = [*model.parameters(), *model.buffers()]
+    sums = [] if held[0].is_meta else torch.stack([t.detach().sum(dtype=torch.float64) for t in held]).tolist()
+    return tuple((t.data_ptr(), t._version) for t in held), tuple(sums)
 
 
 @contextmanager
@@ -151,29 +152,31 @@ class LossHessian(LossOperator):
             raise ValueError(f"a difference of {precision} gradients is noise: use method='exact' with {precision}, or precision='float32'")
         super().__init__(model, examples, reduction, **options)
         self.method, self.step, self.graphs = method, step, Graphs(keep)
-        self.at, self.here, self.twin = None, None, None  # theta of what is kept, the gradient there, the exact float32 twin
+        self.at, self.here, self.pair = None, None, None  # where the model stood; the gradient there; the other one of the two twins
 
     @property
-    def exact(self) -> "LossHessian":  # what certifies the products of this one: itself, or its twin
-        "The same loss with exact float32 products."
-        if self.method == "exact" and self.precision == "float32":
-            return self
-        if self.twin is None:
-            self.twin = copy.copy(self)
-            fresh = {"graphs": Graphs(self.graphs.budget), "at": None, "here": None, "products": 0, "notes": []}
-            vars(self.twin).update(fresh, method="exact", precision="float32")
-        return self.twin
+    def is_exact(self) -> bool:
+        return self.method == "exact" and super().is_exact
+
+    def exact_twin(self) -> "LossHessian":
+        twin = super().exact_twin()
+        budget = self.graphs.budget if self.method == "exact" else 0  # who asked for differences has no room for graphs
+        vars(twin).update(method="exact", graphs=Graphs(budget), at=None, here=None, pair=self)
+        self.pair = twin
+        return twin
 
     # -- what is kept between products
 
     def release(self) -> None:
         "Give back kept graphs; the next product builds them anew."
-        self.graphs.clear()
-        self.here = None
+        for H in (self, self.pair):
+            if H is not None:
+                H.graphs.clear()
+                H.here = None
 
     def refresh(self) -> None:
         "Forget what belongs to parameters that have moved since."
-        at = place_of(self.parameters)
+        at = place_of(self.model)
         if at != self.at:
             self.release()
             self.at = at
@@ -192,6 +195,8 @@ class LossHessian(LossOperator):
 
     def product(self, v: Tensor) -> Tensor:  # (n,) -> (n,)
         self.refresh()
+        if self.pair is not None:
+            self.pair.graphs.clear()  # the twins take turns: only one needs its graphs
         return super().product(v) if self.method == "exact" else self.difference(v)
 
     def part(self, batch: Batch, direction: list[Tensor]) -> Sequence[Tensor]:
@@ -222,5 +227,5 @@ class LossHessian(LossOperator):
             else:
                 move(-self.step / length)
                 slope -= self.gradient()
-        self.at = place_of(self.parameters)  # back at the same theta, bit for bit
+        self.at = place_of(self.model)  # back at the same theta, bit for bit
         return slope.mul_(length / self.step / (1 if self.method == "forward-difference" else 2))

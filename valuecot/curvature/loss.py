@@ -8,6 +8,7 @@ __all__ = ['PRECISIONS', 'precision_of', 'replaced_functions', 'reference_kernel
            'LossOperator']
 
 # %% ../../nbs/curvature/16_loss.ipynb #422bcc93
+import copy
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -276,7 +277,7 @@ class CausalLoss(Batched):
         sums = self.over_batches(work, self.n, self.dtype, twice)
         if not sums.is_meta and not sums.isfinite().all():
             self.blame()
-        return sums / self.total
+        return sums.div_(self.total)
 
     def gradient(self) -> Tensor:  # (n,)
         "Gradient of the loss at the present parameters."
@@ -287,6 +288,25 @@ class LossOperator(CausalLoss):
     "A symmetric matrix made of the loss's derivatives, as products with flat vectors."
 
     products = 0  # spent so far
+    twin = None  # the same matrix by exact float32 products, once it was asked for
+
+    @property
+    def exact(self) -> "LossOperator":  # what certifies the products of this one: itself, or its twin
+        "The same matrix by exact float32 products."
+        if self.is_exact:
+            return self
+        if self.twin is None:
+            self.twin = self.exact_twin()
+        return self.twin
+
+    @property
+    def is_exact(self) -> bool:
+        return self.precision == "float32"
+
+    def exact_twin(self) -> "LossOperator":
+        twin = copy.copy(self)
+        twin.precision, twin.products = "float32", 0
+        return twin
 
     def part(self, batch: Batch, direction: list[Tensor]) -> Sequence[Tensor]:  # v in the parameters' shapes
         "What one batch adds to the product, one tensor per parameter, undivided."

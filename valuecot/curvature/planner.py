@@ -148,8 +148,9 @@ def predict(
         examples.append({"input_ids": ids, "labels": ids.clone().index_fill_(0, torch.arange(length - last), -100)})
     groups = bucket([length - 1 for length in lengths], token_budget)  # the last token of a text is a target only
     padded = [len(rows) * max(lengths[i] - 1 for i in rows) for rows in groups]
-    scale = sum(padded) / padded[0]
-    peak, graph, product, forward = on_shapes(model, [examples[i] for i in groups[0]], **options)
+    largest = max(range(len(groups)), key=lambda i: padded[i])
+    scale = sum(padded) / padded[largest]
+    peak, graph, product, forward = on_shapes(model, [examples[i] for i in groups[largest]], **options)
     n = sum(p.numel() for p in chosen_parameters(model, options.get("parameters")).values())
     held = (basis or 2 * k + 6) + 2 * (k + 2)  # search; certificate and its images
     return Cost(n, sum(padded), len(groups), sum(p.nbytes for p in model.parameters()), 4 * n * held, peak + 4 * n, int(graph * scale), int(forward * scale), int(product * scale))

@@ -5,6 +5,7 @@
 # %% ../../nbs/geometry/60_landscape.ipynb #cd7b51c4
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ..curvature.krylov import coefficients
 from ..curvature.plane import three_point_curvature
 from ..flow.plan import Stage
 from ..flow.run import finish
-from ..store import Journal, load_tensors, read_json, read_records, save_tensors, write_json
+from ..store import Journal, digest, load_tensors, read_json, read_records, save_tensors, write_json
 from ..training.models import fix, load_model, targets
 from ..types import Landscape, Prompt, Run, Spectrum, Trace
 
@@ -37,17 +38,21 @@ def checks(H: LossHessian, land: Landscape, spectrum: Spectrum) -> list[dict[str
 
 
 def surface(H: LossHessian, vectors: torch.Tensor, axis: torch.Tensor, place: Path, key: str) -> Landscape:
-    "One grid, going on where a killed run stopped."
+    "One grid, going on where a killed run stopped in the same plane."
+    plane = hashlib.sha256(vectors.cpu().numpy().tobytes()).hexdigest()
+    key = digest({"run": key, "plane": plane, "axis": axis.tolist(), "examples": H.fingerprint})
     done = torch.full((len(axis), len(axis)), float("nan"), dtype=torch.float64)
-    with Journal(place, key) as journal, tqdm(total=done.numel(), desc=place.stem, initial=len(journal.rows), unit="point", delay=30, file=sys.__stderr__) as bar:
+    with Journal(place, key) as journal:
         for i, j, loss in journal.rows:
             done[i, j] = loss
+        bar = tqdm(total=done.numel(), desc=place.stem, initial=int((~done.isnan()).sum()), unit="point", delay=30, file=sys.__stderr__)
 
         def keep(i: int, j: int, loss: float) -> None:
             journal.add(i, j, loss)
             bar.update()
 
-        return eigenplane(H, vectors, axis, axis, keep, done)
+        with bar:
+            return eigenplane(H, vectors, axis, axis, keep, done)
 
 
 def run_landscape(run: Run) -> dict[str, Landscape]:  # "subset0", "subset1"
@@ -66,7 +71,8 @@ def run_landscape(run: Run) -> dict[str, Landscape]:  # "subset0", "subset1"
         found[f"subset{subset}"] = surface(H, spectrum.eigenvectors[:2].to(device), axis, run.out / f".subset{subset}.jsonl", run.key)
         save_tensors(run.out / f"subset{subset}.safetensors", found[f"subset{subset}"])
         evidence = evidence or checks(H, found["subset0"], spectrum)
-        (run.out / f".subset{subset}.jsonl").unlink()
     write_json(run.out / "checks.json", evidence)
     finish(run, {"grid": settings.grid, "radius": radius, "subsets": list(found), "checks": evidence}, device, str(model.dtype))
+    for name in found:
+        (run.out / f".{name}.jsonl").unlink()
     return found

@@ -6,6 +6,7 @@
 __all__ = ['stage', 'radius', 'run_range']
 
 # %% ../../nbs/geometry/55_range.ipynb #fce8807d
+from ..curvature import plane_radius
 from ..flow.plan import Stage
 from ..flow.run import finish
 from ..store import read_json, write_json
@@ -17,9 +18,7 @@ stage = Stage("range", levels=("model", "seed"), reads=("geometry.landscape",), 
 # %% ../../nbs/geometry/55_range.ipynb #036829d2
 def radius(lambdas: dict[str, float], rise: float) -> float:  # in units of ||d theta||
     "Range at which the sharpest arm's quadratic model rises by `rise` nats."
-    if rise <= 0 or not lambdas or max(lambdas.values()) <= 0:
-        raise ValueError(f"need rise > 0 and a positive eigenvalue, got rise={rise}, lambda_1={lambdas}")
-    return (2 * rise / max(lambdas.values())) ** 0.5
+    return plane_radius(max(lambdas.values()), rise)
 
 
 def run_range(run: Run) -> float:

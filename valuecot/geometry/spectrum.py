@@ -36,7 +36,9 @@ def measure_subset(model, examples: list, settings: Hessian, subset: int) -> tup
     "Both instruments on one subset."
     H = LossHessian(model, examples, reduction=settings.reduction, token_budget=settings.token_budget)
     ours, least = both_ends(Hosted(H) if settings.vectors == "host" else H, k=settings.top_n, tol=settings.tol, seed=0, max_matvecs=settings.max_matvecs)
-    peer = pyhessian_eigenpairs(model, examples, k=settings.top_n, max_iterations=settings.max_iterations, tol=settings.peer_tol, seed=0, reduction=settings.reduction)
+    H.release()  # kept graphs would lie beside the peer's
+    batch_size = max(1, settings.token_budget // max(len(e["input_ids"]) for e in examples))
+    peer = pyhessian_eigenpairs(model, examples, k=settings.top_n, max_iterations=settings.max_iterations, tol=settings.peer_tol, seed=0, reduction=settings.reduction, batch_size=batch_size)
     return ours, [row("valuecot", subset, ours, least), row("pyhessian", subset, peer)]
 
 # %% ../../nbs/geometry/50_spectrum.ipynb #026d3a35

@@ -113,9 +113,11 @@ def encode(
     if not whole.startswith(before):
         raise ValueError(f"prompt {prompt.id}: the chat template's prompt is no prefix of the whole text:\n{before[-80:]!r}\nagainst\n{whole[max(0, len(before) - 80) : len(before)]!r}")
     close = whole.find("</think>", len(before))
-    upto = before if close < 0 else whole[: close + len("</think>")]
-    ids, start, middle = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (whole, before, upto))  # the template wrote BOS
-    first, last = {"completion": (len(start), None), "reasoning": (len(start), len(middle)), "response": (len(middle), None), "prompt": (0, len(start)), "text": (0, None)}[part]
+    border = len(before) if close < 0 else close + len("</think>")  # a token belongs where it begins
+    read = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)  # the template wrote BOS
+    ids, start = read["input_ids"], len(tokenizer(before, add_special_tokens=False)["input_ids"])
+    middle = next((i for i, (at, _) in enumerate(read["offset_mapping"]) if i >= start and at >= border), len(ids))
+    first, last = {"completion": (start, None), "reasoning": (start, middle), "response": (middle, None), "prompt": (0, start), "text": (0, None)}[part]
     labels = torch.full((len(ids),), -100)
     labels[first:last] = torch.tensor(ids)[first:last]
     return {"input_ids": torch.tensor(ids), "labels": labels}
