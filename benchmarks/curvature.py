@@ -206,10 +206,18 @@ def eigenthings(model, examples, seed, batch_size=10) -> dict:
         logits = m(input_ids=b["input_ids"], attention_mask=b["attention_mask"], use_cache=False).logits
         return F.cross_entropy(logits[:, :-1].transpose(1, 2), b["labels"][:, 1:], reduction="sum") * (len(rows) / scored)
 
+    class Counted(HessianOperator):
+        spent = 0
+
+        def matvec(self, v):
+            self.spent += 1
+            return super().matvec(v)
+
     with steady(model):
-        found, seconds = cpu(lambda: lanczos(HessianOperator(model, rows, loss), k=2, max_iter=20, tol=TOL, seed=seed))
+        H = Counted(model, rows, loss)
+        found, seconds = cpu(lambda: lanczos(H, k=2, max_iter=20, tol=TOL, seed=seed))
     _, residuals = judged(LossHessian(model, examples), found.eigenvalues.tolist(), found.eigenvectors)
-    return {"values": found.eigenvalues.tolist(), "residual": float(residuals.max()), "products": 20, "cpu_s": seconds}
+    return {"values": found.eigenvalues.tolist(), "residual": float(residuals.max()), "products": H.spent, "cpu_s": seconds}
 
 
 CONTESTANTS = {
@@ -267,7 +275,7 @@ def unit_costs(model, examples, natural) -> dict:
 
 
 def summary(rows: list[dict]) -> dict:
-    "Median and range of each contestant over start vectors, and CPU ratios to the exact and the fastest certified mode."
+    "Median and range of each contestant over start vectors."
     found = {}
     for name in CONTESTANTS:
         mine = [r for r in rows if r["name"] == name]
@@ -284,21 +292,33 @@ AIMS = {  # what is aimed at, and the floor that a prototype reached
 AT_MOST = {"ours / curvlinops products", "product, graph kept / gradient", "product / gradient", "25 x 25 plane / 626 bare forward passes"}
 
 
+def fastest_mode(rows: list[dict]) -> str:
+    "Our mode with the smallest median CPU time among those that reached TOL from every start vector."
+    by: dict[str, list[dict]] = {}
+    for r in rows:
+        if r["name"].startswith("valuecot") and "error" not in r:
+            by.setdefault(r["name"], []).append(r)
+    certified = {name: statistics.median(r["cpu_s"] for r in own) for name, own in by.items() if all(r["residual"] <= TOL for r in own)}
+    return min(certified, key=certified.get)
+
+
 def ratios(rows: list[dict]) -> dict[str, list[float]]:  # one for each start vector
-    "Side by side at the same true residual: PyHessian stopped by an oracle as soon as both of its pairs have it."
+    """Side by side at the same true residual. PyHessian is stopped by an oracle as soon as both of its pairs have it; where it never has,
+    what it spent is a lower bound. A peer that stopped by itself above TOL is not compared."""
     found = {name: [] for name in AIMS if " / " in name and not name.startswith(("product", "dataset", "25"))}
+    fastest = fastest_mode(rows)
     for seed in sorted({r["seed"] for r in rows}):
         by = {r["name"]: r for r in rows if r["seed"] == seed and "error" not in r}
-        if not {"valuecot, exact", "PyHessian, tightened", "curvlinops + ARPACK"} <= set(by):
-            continue
-        exact, peer, other = by["valuecot, exact"], by["PyHessian, tightened"], by["curvlinops + ARPACK"]
-        fastest = min((r for n, r in by.items() if n.startswith("valuecot") and r["residual"] <= TOL), key=lambda r: r["cpu_s"])
-        found["ours / curvlinops products"].append(exact["products"] / other["products"])
-        for mode, row in (("exact mode", exact), ("fastest certified mode", fastest)):
-            found[f"curvlinops time / {mode}"].append(other["cpu_s"] / row["cpu_s"])
-        if needed := peer["first at tolerance"]:
+        exact, peer, other = by["valuecot, exact"], by.get("PyHessian, tightened"), by.get("curvlinops + ARPACK")
+        modes = [("exact mode", exact)] * (exact["residual"] <= TOL) + [("fastest certified mode", by[fastest])]
+        if other and other["residual"] <= TOL:
+            found["ours / curvlinops products"].append(exact["products"] / other["products"])
+            for mode, row in modes:
+                found[f"curvlinops time / {mode}"].append(other["cpu_s"] / row["cpu_s"])
+        if peer:
+            needed = peer["first at tolerance"] or peer["products"]
             found["PyHessian products / ours"].append(needed / exact["products"])
-            for mode, row in (("exact mode", exact), ("fastest certified mode", fastest)):
+            for mode, row in modes:
                 found[f"PyHessian time / {mode}"].append(needed * peer["cpu_per_product"] / row["cpu_s"])
     return found
 

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3_5TextConfig
 from valuecot.curvature import Hosted, LossHessian, eigenplane, plane_radius, top_eigenpairs
 from valuecot.curvature.planner import predict
+from valuecot.store import Journal, digest
 
 ROOT = Path(__file__).parents[1]
 
@@ -90,7 +91,7 @@ def product(args, model, examples, meter) -> dict:
     with torch.device("meta"):
         ghost = AutoModelForCausalLM.from_config(configuration(args.model, args.small))
     cost = predict(ghost, [len(e["input_ids"]) for e in examples], [int((e["labels"] != -100).sum()) for e in examples], token_budget=args.budget)
-    found = {"foretold_gb": round((cost.weights_bytes + cost.product_bytes + 4 * cost.parameters) / 1e9, 2), "product_tflop": round(cost.product_flops / 1e12, 3)}
+    found = {"foretold_gb": round((cost.weights_bytes + cost.product_bytes) / 1e9, 2), "foretold_beside": "the float32 image, held for comparison by the later modes", "product_tflop": round(cost.product_flops / 1e12, 3)}
     v = torch.randn(sum(p.numel() for p in model.parameters()), generator=torch.Generator().manual_seed(2)).to(model.device)
     v /= v.norm()
     exact = None  # the float32 image, which the others are held against
@@ -111,38 +112,55 @@ def eigen(args, model, examples, meter) -> dict:
     options = MODES[args.precision]
     H = LossHessian(model, examples, token_budget=args.budget, keep=0 if args.keep_nothing else None, **options)
     found, spent = meter(lambda: top_eigenpairs(Hosted(H) if args.host else H, tol=1e-3, max_matvecs=60, basis=8))
-    torch.save(found.eigenvectors.half().cpu(), args.out / f"eigenvectors-{args.model}.pt")
+    torch.save(found.eigenvectors.half().cpu(), args.out / f"eigenvectors-{stem(args)}.pt")  # for the plane; not kept in git
     return spent | {
-        "eigenvalues": found.eigenvalues.tolist(), "residuals": found.residuals.tolist(), "converged": found.converged.tolist(), "products": found.matvecs,
+        "precision": args.precision, "eigenvalues": found.eigenvalues.tolist(), "residuals": found.residuals.tolist(), "converged": found.converged.tolist(), "products": found.matvecs,
         "exact_products": found.exact_matvecs, "next_value": found.next_value, "loss": found.loss, "gradient_norm": found.gradient_norm, "warnings": list(found.warnings), "notes": H.notes,
     }  # fmt: skip
 
 
+def directions(args, model) -> tuple[torch.Tensor, str]:  # (2, n) orthonormal, where they come from
+    "Eigenvectors that an `eigen` piece left, or random ones: a plane costs the same."
+    vectors = args.out / f"eigenvectors-{stem(args)}.pt"
+    if vectors.exists():
+        basis, source = torch.load(vectors, weights_only=True).float(), "eigenvectors, held in float16 and made orthonormal"
+    else:
+        n = sum(p.numel() for p in model.parameters())
+        basis, source = torch.randn(2, n, generator=torch.Generator().manual_seed(3)), "random directions: no eigen piece was run before"
+    return torch.linalg.qr(basis.T.to(model.device))[0].T.contiguous(), source
+
+
 def plane(args, model, examples, meter) -> dict:
-    "A 25 x 25 plane in tf32, in pieces of --minutes."
-    place, state = args.out / f"plane-{args.model}.pt", None
-    vectors = args.out / f"eigenvectors-{args.model}.pt"
-    basis = torch.load(vectors, weights_only=True).float() if vectors.exists() else torch.randn(2, sum(p.numel() for p in model.parameters()), generator=torch.Generator().manual_seed(3))
-    basis = torch.linalg.qr(basis.T)[0].T.contiguous().to(model.device)
-    H = LossHessian(model, examples, token_budget=4 * args.budget, precision="tf32" if model.device.type == "cuda" else "float32", keep=0)
+    "A 25 x 25 plane in tf32, in pieces of --minutes; goes on where it stopped, in the same plane only."
+    basis, source = directions(args, model)
+    precision = "tf32" if model.device.type == "cuda" else "float32"
+    H = LossHessian(model, examples, token_budget=4 * args.budget, precision=precision, keep=0)
     r = plane_radius(args.eigenvalue)
     axis = torch.linspace(-r, r, 5 if args.small else 25)
-    done = torch.load(place, weights_only=True) if place.exists() else torch.full((len(axis), len(axis)), float("nan"), dtype=torch.float64)
-    deadline = time.monotonic() + 60 * args.minutes
+    key = digest({"examples": H.fingerprint, "radius": r, "points": len(axis), "precision": precision, "loss": round(H.loss, 4), "along": [round(float(v[:1000].sum()), 6) for v in basis]})
+    done, deadline, state, land = torch.full((len(axis), len(axis)), float("nan"), dtype=torch.float64), time.monotonic() + 60 * args.minutes, {}, None
+    with Journal(args.out / f".plane-{stem(args)}.jsonl", key) as journal:
+        for i, j, loss in journal.rows:
+            done[i, j] = loss
+        before, started, points = int(done.isnan().sum()), time.monotonic(), 0
 
-    def keep(i, j, loss):
-        done[i, j] = loss
-        if time.monotonic() > deadline:
-            raise TimeoutError
+        def keep(i, j, loss):
+            nonlocal points
+            journal.add(i, j, loss)
+            points += 1
+            if time.monotonic() > deadline:
+                raise TimeoutError
 
-    before, started = int(done.isnan().sum()), time.monotonic()
-    try:
-        land, state = meter(lambda: eigenplane(H, basis, axis, axis, keep, done.clone()))
-    except TimeoutError:
-        pass
-    torch.save(done, place)
-    points = before - int(done.isnan().sum())
-    return {"points_now": points, "points_left": int(done.isnan().sum()), "seconds_per_point": round((time.monotonic() - started) / max(points, 1), 3), "complete": state is not None} | (state or {}) | ({"center": land.center, "range": [float(land.loss.min()), float(land.loss.max())]} if state else {})
+        try:
+            land, state = meter(lambda: eigenplane(H, basis, axis, axis, keep, done))
+        except TimeoutError:
+            pass
+    found = {"plane_precision": precision, "directions": source, "radius": r, "points_now": points, "points_left": before - points, "seconds_per_point": round((time.monotonic() - started) / max(points, 1), 3), "complete": before == points}
+    return found | state | ({"center": land.center, "range": [float(land.loss.min()), float(land.loss.max())]} if land else {})
+
+
+def stem(args) -> str:
+    return args.model + ("-rehearsal" if args.small else "")
 
 
 def main() -> None:
@@ -170,7 +188,7 @@ def main() -> None:
     record = {
         "what": f"{args.piece} · {args.model}" + (" · rehearsal on a small shape, not the true size" if args.small else ""), "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(), "parameters": sum(p.numel() for p in model.parameters()),
-        "texts": len(examples), "tokens_per_text": len(examples[0]["input_ids"]), "token_budget": args.budget, "weights": "random, then a few SGD steps", "loss_after_steps": loss, "precision": args.precision, "vectors": "host" if args.host else "device",
+        "texts": len(examples), "tokens_per_text": len(examples[0]["input_ids"]), "token_budget": args.budget, "weights": "random, then a few SGD steps", "loss_after_steps": loss, "vectors": "host" if args.host else "device",
     } | found  # fmt: skip
     name = f"true-size-{args.piece}-{args.model}" + (f"-{args.precision}" + ("-host" if args.host else "") if args.piece == "eigen" else "") + ("-rehearsal" if args.small else "") + ".json"
     (args.out / name).write_text(json.dumps(record, indent=1) + "\n")

@@ -71,12 +71,13 @@ def attribute(
     labels = ["all"] * len(H.pairs) if groups is None else list(groups)
     if len(labels) != len(H.pairs):
         raise ValueError(f"{len(labels)} group labels for {len(H.pairs)} examples: one each")
-    shares, sums, counts = [], {}, {}
-    for i, (curvature, label, (ids, targets)) in enumerate(zip(token_curvature(H, v, token_budget), labels, H.pairs, strict=True)):
-        scored = (targets != -100).nonzero().flatten().tolist()
-        share = curvature / (H.total * (1 if H.reduction == "token" else len(scored)))
+    for i, (label, (ids, _)) in enumerate(zip(labels, H.pairs, strict=True)):
         if not isinstance(label, str) and len(label) < len(ids) + 1:
             raise ValueError(f"example {i}: {len(label)} token labels for {len(ids) + 1} tokens")
+    shares, sums, counts = [], {}, {}
+    for curvature, label, (_, targets) in zip(token_curvature(H, v, token_budget), labels, H.pairs, strict=True):
+        scored = (targets != -100).nonzero().flatten().tolist()
+        share = curvature / (H.total * (1 if H.reduction == "token" else len(scored)))
         for place, part in zip(scored, share.tolist(), strict=True):
             name = label if isinstance(label, str) else label[place + 1]  # targets[place] is token place + 1
             sums[name], counts[name] = sums.get(name, 0.0) + part, counts.get(name, 0) + 1

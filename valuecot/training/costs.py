@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ..curvature.hessian import free_memory
 from ..curvature.planner import Cost, predict
 from ..data.sources import foreseen
 from ..settings import ModelShape, Settings, load
@@ -34,6 +34,8 @@ def shape_of(name: str, shape: ModelShape):  # -> config, where it was read
     except (OSError, ValueError) as error:
         if Path(shape.source).exists():
             raise ValueError(f"model.{name}.source = {shape.source} holds no model that transformers knows: {error}") from None
+        if isinstance(error, ValueError):
+            raise
         return shape_config(shape, vocab_size=shape.vocab), f"{known}; {shape.source} is not in the local cache"
     return found.get_text_config(), f"shape of {shape.source}"
 
@@ -57,11 +59,11 @@ def rate_here(size: int = 1536) -> float:  # operations per second
     return 2 * size**3 / (time.monotonic() - started)
 
 
-def memory_here() -> tuple[str, float, float]:  # device, its bytes, the machine's bytes
-    "What this machine has."
-    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def memory_here() -> tuple[str, float, float]:  # device, its free bytes, the machine's free bytes
+    "What is free on this machine."
+    host = free_memory(torch.device("cpu"))
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory, host
+        return torch.cuda.get_device_name(), free_memory(torch.device("cuda")), host
     return "CPU", host, host
 
 # %% ../../nbs/training/56_costs.ipynb #195282f9
@@ -78,25 +80,28 @@ def time_text(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
 
 
-def lines(name: str, source: str, cost: Cost, settings: Settings, rate: float) -> list[str]:
+def lines(name: str, source: str, cost: Cost, config, settings: Settings, rate: float) -> list[str]:
     "What a reader of the plan sees of one model."
     data, hessian, side = settings["geometry"], settings["geometry.hessian"], settings["geometry.landscape"].grid
-    hosted = hessian.vectors == "host"
-    on_device = cost.weights_bytes + cost.product_bytes + (0 if hosted else cost.vectors_bytes)
     device, size, host = memory_here()
-    needed = on_device + (cost.vectors_bytes if hosted and device == "CPU" else 0)
-    spectra = data.subsets * cost.seconds(rate, PRODUCTS)
-    planes = 2 * cost.seconds(rate, 0, side**2)
+    hosted = hessian.vectors == "host" and device != "CPU"
+    needed = cost.weights_bytes + cost.product_bytes if hosted else cost.peak_bytes
+    spectra, planes = data.subsets * cost.seconds(rate, PRODUCTS), 2 * cost.seconds(rate, 0, side**2)
+    peer = hessian.max_iterations * hessian.top_n
     found = [
         f"  {name}: {cost.parameters / 1e6:,.1f} M parameters ({source})",
-        f"    memory    {bytes_text(on_device)} on the device: weights {bytes_text(cost.weights_bytes)}, one product {bytes_text(cost.product_bytes)} at {hessian.token_budget} tokens a micro-batch"
-        + (f"; {bytes_text(cost.vectors_bytes)} of vectors in the machine's memory" if hosted else f", vectors {bytes_text(cost.vectors_bytes)}"),
-        f"    one arm   {data.subsets} spectra of {PRODUCTS} products {time_text(spectra)}, 2 landscapes of {side} x {side} points {time_text(planes)}",
+        f"    memory    {bytes_text(needed)} on the device: weights {bytes_text(cost.weights_bytes)}, one product {bytes_text(cost.product_bytes)} at {hessian.token_budget} tokens a micro-batch"
+        + (f"; {bytes_text(cost.vectors_bytes)} of vectors in the machine's memory" if hosted else f", vectors {bytes_text(cost.vectors_bytes)}")
+        + f"; graphs, kept as far as a third of free memory goes: {bytes_text(cost.kept_bytes)} in all",
+        f"    one arm   {data.subsets} spectra of {PRODUCTS} products {time_text(spectra)}, 2 landscapes of {side} x {side} points {time_text(planes)};"
+        + f" PyHessian beside them: at most {peer} products a subset, {time_text(data.subsets * cost.seconds(rate, peer))}, logits whole, {bytes_text(4 * hessian.token_budget * config.vocab_size)} a copy",
     ]
     if needed > size:
-        found.append(f"    does not fit: {device} has {bytes_text(size)}" + ("" if hosted else "; geometry.hessian.vectors=host moves the vectors away") + ", a smaller geometry.hessian.token_budget makes a product smaller")
+        ways = ["a smaller geometry.hessian.token_budget makes a product smaller"] if cost.product_bytes > needed / 4 else []
+        ways += ["geometry.hessian.vectors=host moves the vectors away"] if not hosted and device != "CPU" else []
+        found.append(f"    does not fit: {device} has {bytes_text(size)} free" + "".join(f"; {way}" for way in ways))
     elif hosted and cost.vectors_bytes > host:
-        found.append(f"    does not fit: the vectors need {bytes_text(cost.vectors_bytes)}, the machine has {bytes_text(host)}")
+        found.append(f"    does not fit: the vectors need {bytes_text(cost.vectors_bytes)}, the machine has {bytes_text(host)} free")
     return found
 
 
@@ -106,7 +111,7 @@ def report(settings: Settings, tokens: int) -> str:
     said = [f"curvature: {data.subsets} subsets of {data.prompts_per_subset} texts of {tokens} tokens; times are floors, at {rate / 1e9:,.0f} GFLOP/s in float32, measured on {memory_here()[0]} by one product of matrices"]
     for name in settings["geometry.design"].models:
         config, source = shape_of(name, settings[f"model.{name}"])
-        said += lines(name, source, cost_of(config, settings, tokens), settings, rate)
+        said += lines(name, source, cost_of(config, settings, tokens), config, settings, rate)
     return "\n".join(said)
 
 
