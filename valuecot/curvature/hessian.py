@@ -106,14 +106,19 @@ def movable(
 ):  # -> function (steps) that puts the model at theta + sum_i steps[i] directions[i]
     "Move the parameters along `directions`; restore them bit for bit on leaving."
     master = [p.detach().clone() for p in H.parameters]
-    pieces = [views(v.to(master[0].device), H.parameters) for v in directions]
+    first, *rest = [views(v.to(master[0].device), H.parameters) for v in directions]
+    row, at = ([torch.empty_like(theta) for theta in master], None) if rest else (None, None)  # theta + steps[0] v1, for points that share it
 
     @torch.no_grad()
     def move(*steps: float) -> None:
-        for i, (p, theta) in enumerate(zip(H.parameters, master, strict=True)):
-            torch.add(theta, pieces[0][i], alpha=float(steps[0]), out=p.detach())
-            for step, piece in zip(steps[1:], pieces[1:], strict=True):
-                p.add_(piece[i], alpha=float(step))
+        nonlocal at
+        if not rest or at != float(steps[0]):
+            for target, theta, piece in zip(row or H.parameters, master, first, strict=True):
+                torch.add(theta, piece, alpha=float(steps[0]), out=target.detach())
+            at = float(steps[0])
+        for k, (step, pieces) in enumerate(zip(steps[1:], rest, strict=True)):
+            for base, p, piece in zip(H.parameters if k else row, H.parameters, pieces, strict=True):
+                torch.add(base.detach(), piece, alpha=float(step), out=p.detach())
 
     try:
         yield move
