@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,10 @@ def test_twins_never_hold_graphs_at_once(model):
     far = LossHessian(model, texts(), method="difference")
     far.exact @ v
     assert far.exact.graphs.held == 0, "who asks for differences has no room for graphs"
+    alone, gone = far.exact, weakref.ref(far)
+    del far
+    assert gone() is None, "no circle of references keeps graphs alive"
+    assert close(alone @ v, exact @ v, 1e-6)
 
 
 @pytest.mark.parametrize("kind", [GaussNewton, EmpiricalFisher])

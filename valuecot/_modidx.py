@@ -216,6 +216,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'valuecot/curvature/hessian.py'),
                                             'valuecot.curvature.hessian.LossHessian.__init__': ( 'curvature/hessian.html#losshessian.__init__',
                                                                                                  'valuecot/curvature/hessian.py'),
+                                            'valuecot.curvature.hessian.LossHessian.counterpart': ( 'curvature/hessian.html#losshessian.counterpart',
+                                                                                                    'valuecot/curvature/hessian.py'),
                                             'valuecot.curvature.hessian.LossHessian.difference': ( 'curvature/hessian.html#losshessian.difference',
                                                                                                    'valuecot/curvature/hessian.py'),
                                             'valuecot.curvature.hessian.LossHessian.exact_twin': ( 'curvature/hessian.html#losshessian.exact_twin',

@@ -8,6 +8,7 @@ __all__ = ['METHODS', 'saved_by', 'graph_bytes', 'free_memory', 'Graphs', 'place
 # %% ../../nbs/curvature/18_hessian.ipynb #912fd184
 import os
 import warnings
+import weakref
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,7 +158,7 @@ class LossHessian(LossOperator):
             raise ValueError(f"a difference of {precision} gradients is noise: use method='exact' with {precision}, or precision='float32'")
         super().__init__(model, examples, reduction, **options)
         self.method, self.step, self.graphs = method, step, Graphs(keep)
-        self.at, self.here, self.pair = None, None, None  # where the model stood; the gradient there; the other one of the two twins
+        self.at, self.here, self.parent = None, None, None  # where the model stood; the gradient there; whose twin this is
 
     @property
     def is_exact(self) -> bool:
@@ -166,15 +167,18 @@ class LossHessian(LossOperator):
     def exact_twin(self) -> "LossHessian":
         twin = super().exact_twin()
         budget = self.graphs.budget if self.method == "exact" else 0  # who asked for differences has no room for graphs
-        vars(twin).update(method="exact", graphs=Graphs(budget), at=None, here=None, pair=self)
-        self.pair = twin
+        vars(twin).update(method="exact", graphs=Graphs(budget), at=None, here=None, parent=weakref.ref(self))  # weak: no circle keeps graphs alive
         return twin
+
+    @property
+    def counterpart(self) -> "LossHessian | None":
+        return self.twin if self.parent is None else self.parent()
 
     # -- what is kept between products
 
     def release(self) -> None:
         "Give back kept graphs; the next product builds them anew."
-        for H in (self, self.pair):
+        for H in (self, self.counterpart):
             if H is not None:
                 H.graphs.clear()
                 H.here = None
@@ -200,8 +204,8 @@ class LossHessian(LossOperator):
 
     def product(self, v: Tensor) -> Tensor:  # (n,) -> (n,)
         self.refresh()
-        if self.pair is not None:
-            self.pair.graphs.clear()  # the twins take turns: only one needs its graphs
+        if self.counterpart is not None:
+            self.counterpart.graphs.clear()  # the twins take turns: only one needs its graphs
         return super().product(v) if self.method == "exact" else self.difference(v)
 
     def part(self, batch: Batch, direction: list[Tensor]) -> Sequence[Tensor]:
