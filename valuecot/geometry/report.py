@@ -215,10 +215,10 @@ def run_report(run: Run) -> dict[str, object]:  # name -> table or figure
     made["checks"] = write_table(run, "landscape_checks", collect(run, "landscape", lambda folder: read_json(folder / "checks.json")))
     made["curves"] = write_table(run, "curves", pd.concat([curves(run, "sft", ("loss",)), curves(run, "grpo", ("loss", "reward", "kl", "completion_length"))]))
     made |= landscape_figures(run)
-    interval = "95 % interval of the mean over the updates of a bin"
     for stage in ("sft", "grpo"):
         part = made["curves"][made["curves"].stage == stage]
         if len(part):
+            interval = f"95 % interval of the mean over the updates of a bin, {part.updates.min()} to {part.updates.max()} of them"
             made[f"curves_{stage}"] = training_curves(part, f"{stage.upper()} curves", f"profile {run.profile}", interval)
     for name, figure in made.items():
         if isinstance(figure, Figure):
