@@ -43,8 +43,8 @@ plan: env ## what would run, and what it needs in memory, time and downloads; ru
 dry: env ## what Snakemake would run, and why
 	@$(FLOW) dry --profile $(PROFILE) --study $(STUDY) --jobs $(JOBS) --set $(call quoted,$(SET))
 
-test: env ## all tests: notebooks, as written and against the package, and tests/
-	@$(PY) -m pytest -m "not prove"
+test: env ## all tests: notebooks, as written and against the package, and tests/; JOBS=2 files at a time
+	@$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not prove"
 
 prove: env ## the long proofs: kills, seeds
 	@$(PY) -m pytest -m prove -rs

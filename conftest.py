@@ -4,6 +4,7 @@ A stage notebook gets the test profile injected after its `parameters` cell, as 
 the stages before it in an outputs folder that the pipeline filled once for the whole session."""
 
 import ast
+import fcntl
 import os
 import shutil
 import subprocess
@@ -21,34 +22,38 @@ os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never ask a hub; without this each refusal takes five retries
 
 
+SHARED = "VALUECOT_TEST_SHARED"  # folder that all worker processes of a session share
+
+
 def pytest_configure(config):
     "Scratch folders of runs by hand go where the session can delete them."
-    tempfile.tempdir = tempfile.mkdtemp(prefix="valuecot-test-")
-    config.add_cleanup(lambda: shutil.rmtree(tempfile.tempdir, ignore_errors=True))
+    if not hasattr(config, "workerinput"):  # the process that starts the workers, or the only one
+        os.environ[SHARED] = tempfile.mkdtemp(prefix="valuecot-test-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ[SHARED], ignore_errors=True))
+    tempfile.tempdir = tempfile.mkdtemp(prefix="scratch-", dir=os.environ[SHARED])
 
 
-OUTPUTS = pytest.StashKey[Path]()
-
-
-def study_outputs(config: pytest.Config) -> Path:
-    "Outputs of one run of the geometry study on the test profile, by the real command; made once."
-    if OUTPUTS not in config.stash:
-        folder = Path(tempfile.mkdtemp(prefix="valuecot-test-"))
-        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+def study_outputs() -> Path:
+    "Outputs of one run of the geometry study on the test profile, by the real command; made once for all workers."
+    shared = Path(os.environ[SHARED])
+    folder, said = shared / "outputs", shared / "outputs" / "study.txt"
+    with open(shared / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if said.exists():
+            return folder
         command = [sys.executable, "-m", "valuecot.flow.study", "run", "--profile", "test", "--study", "geometry"]
         run = subprocess.run(command, cwd=ROOT, env={**os.environ, "VALUECOT_OUTPUTS": str(folder)}, capture_output=True, text=True)
-        logs = "\n".join(f"{p.name}\n{p.read_text()[-2000:]}" for p in sorted((folder / "test" / "log").glob("*.log"))) if run.returncode else ""
         if run.returncode:
+            logs = "\n".join(f"{p.name}\n{p.read_text()[-2000:]}" for p in sorted((folder / "test" / "log").glob("*.log")))
             pytest.exit(f"the study failed on the test profile:\n{logs}\n{run.stdout[-4000:]}{run.stderr[-4000:]}", returncode=1)
-        (folder / "study.txt").write_text(run.stdout)
-        config.stash[OUTPUTS] = folder
-    return config.stash[OUTPUTS]
+        said.write_text(run.stdout)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def outputs(request):
+def outputs():
     "Folder that a whole run of the study on the test profile filled."
-    return study_outputs(request.config)
+    return study_outputs()
 
 
 def pytest_collect_file(parent, file_path: Path):
@@ -97,7 +102,7 @@ class NotebookItem(pytest.Item):
                     cell.set_source(as_import(cell.source, f"valuecot.{module}"))
         env = {"IN_TEST": "1"}
         if self.is_stage:
-            env["VALUECOT_OUTPUTS"] = str(study_outputs(self.config))
+            env["VALUECOT_OUTPUTS"] = str(study_outputs())
             tagged = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
             tagged.set_source(tagged.source + '\nprofile = "test"')
         shell, old = CaptureShell(self.path), {k: os.environ.get(k) for k in env}

@@ -65,7 +65,7 @@ def environment() -> dict[str, dict]:
 
 
 def tests() -> dict[str, dict]:
-    return {"tests": timed([sys.executable, "-m", "pytest", "-m", "not prove"])}
+    return {"tests": timed(["make", "test"])}
 
 
 def curvature() -> dict[str, dict]:
