@@ -63,18 +63,30 @@ def free_memory(device: torch.device) -> int:  # bytes
 
 # %% ../../nbs/curvature/18_hessian.ipynb #b687c4f3
 class Graphs:
-    "Gradients of batches with their graphs, kept between products while they fit."
+    "What products leave behind for the next: gradients of batches with their graphs, while they fit."
 
     def __init__(
         self,
         budget: int | None,  # bytes; None: a third of what is free when the first is offered
     ):
-        self.budget = budget
-        self.clear()
+        self.budget, self.at = budget, None  # at: the place that all of it belongs to
+        self.forget()
 
     def clear(self) -> None:
+        "Give the graphs back."
         self.kept: dict[int, Sequence[Tensor]] = {}  # id of a batch -> one gradient per parameter
         self.held, self.allowance = 0, None  # bytes
+
+    def forget(self) -> None:
+        "Give everything back."
+        self.clear()
+        self.here: Tensor | None = None  # (n,) gradient of the whole loss, where forward differences begin
+
+    def settle(self, at: tuple) -> None:
+        "Forget what belongs to another place."
+        if at != self.at:
+            self.forget()
+            self.at = at
 
     def of(self, batch: Batch) -> Sequence[Tensor] | None:
         return self.kept.get(id(batch))
@@ -157,8 +169,7 @@ class LossHessian(LossOperator):
         if method != "exact" and (precision := options.get("precision", "float32")) != "float32":
             raise ValueError(f"a difference of {precision} gradients is noise: use method='exact' with {precision}, or precision='float32'")
         super().__init__(model, examples, reduction, **options)
-        self.method, self.step, self.graphs = method, step, Graphs(keep)
-        self.at, self.here, self.parent = None, None, None  # where the model stood; the gradient there; whose twin this is
+        self.method, self.step, self.graphs, self.parent = method, step, Graphs(keep), None  # parent: whose twin this is
 
     @property
     def is_exact(self) -> bool:
@@ -167,28 +178,18 @@ class LossHessian(LossOperator):
     def exact_twin(self) -> "LossHessian":
         twin = super().exact_twin()
         budget = self.graphs.budget if self.method == "exact" else 0  # who asked for differences has no room for graphs
-        vars(twin).update(method="exact", graphs=Graphs(budget), at=None, here=None, parent=weakref.ref(self))  # weak: no circle keeps graphs alive
+        vars(twin).update(method="exact", graphs=Graphs(budget), parent=weakref.ref(self))  # weak: no circle keeps graphs alive
         return twin
 
     @property
     def counterpart(self) -> "LossHessian | None":
         return self.twin if self.parent is None else self.parent()
 
-    # -- what is kept between products
-
     def release(self) -> None:
-        "Give back kept graphs; the next product builds them anew."
+        "Give back what is kept between products; the next one builds it anew."
         for H in (self, self.counterpart):
             if H is not None:
-                H.graphs.clear()
-                H.here = None
-
-    def refresh(self) -> None:
-        "Forget what belongs to parameters that have moved since."
-        at = place_of(self.model)
-        if at != self.at:
-            self.release()
-            self.at = at
+                H.graphs.forget()
 
     def shrink(self) -> None:
         "Give back the graphs first, then halve the token budget."
@@ -200,10 +201,8 @@ class LossHessian(LossOperator):
         else:
             super().shrink()
 
-    # -- products
-
     def product(self, v: Tensor) -> Tensor:  # (n,) -> (n,)
-        self.refresh()
+        self.graphs.settle(place_of(self.model))
         if self.counterpart is not None:
             self.counterpart.graphs.clear()  # the twins take turns: only one needs its graphs
         return super().product(v) if self.method == "exact" else self.difference(v)
@@ -226,15 +225,15 @@ class LossHessian(LossOperator):
         length = float(v.double().norm())
         if length == 0:
             return torch.zeros_like(v)
-        if self.method == "forward-difference" and self.here is None:
-            self.here = self.gradient()
+        if self.method == "forward-difference" and self.graphs.here is None:
+            self.graphs.here = self.gradient()
         with movable(self, v[None]) as move:
             move(self.step / length)
             slope = self.gradient()
             if self.method == "forward-difference":
-                slope -= self.here
+                slope -= self.graphs.here
             else:
                 move(-self.step / length)
                 slope -= self.gradient()
-        self.at = place_of(self.model)  # back at the same theta, bit for bit
+        self.graphs.at = place_of(self.model)  # back at the same theta, bit for bit
         return slope.mul_(length / self.step / (1 if self.method == "forward-difference" else 2))

@@ -80,7 +80,7 @@ class Cost(Shown):
     def seconds(
         self,
         rate: float,  # operations per second that the device reaches
-        products: int = 17,  # a certified top 2 on the language models measured here
+        products: int,
         points: int = 0,  # of a landscape
     ) -> float:
         "Time for eigenpairs and a landscape at a given rate."

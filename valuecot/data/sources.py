@@ -31,7 +31,7 @@ def drawn(found: list[Prompt], settings: Data) -> list[Prompt]:
     return split_prompts(found, settings.sft_prompts, settings.grpo_prompts, settings.heldout_prompts, settings.subsets, settings.prompts_per_subset, settings.split_seed)
 
 # %% ../../nbs/data/23_sources.ipynb #fa08d186
-WORDS = 157  # median length of ConflictScope's prompts
+WORDS = 159  # median length of ConflictScope's 2,313 prompts, counted at COMMIT
 
 
 def foreseen(settings: Data) -> tuple[str, int]:  # a line of the plan, median words of a prompt

@@ -67,7 +67,7 @@ def memory_here() -> tuple[str, float, float]:  # device, its free bytes, the ma
     return "CPU", host, host
 
 # %% ../../nbs/training/56_costs.ipynb #195282f9
-PRODUCTS = 20  # of a subset: 16 to 25 for both ends on the models measured so far
+PRODUCTS = 22  # of a subset, for both ends: of 14 to 38 in the tiny profile
 
 
 def bytes_text(n: float) -> str:
