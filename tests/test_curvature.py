@@ -26,6 +26,7 @@ from valuecot.curvature import (
     three_point_curvature,
     top_eigenpairs,
 )
+from valuecot.curvature.eigen import pursue
 from valuecot.curvature.examples import bucket
 from valuecot.curvature.krylov import READINGS, ranking
 from valuecot.curvature.operators import views
@@ -383,11 +384,50 @@ def test_eigenvectors_against_eigh(which):
     assert found.next_value == pytest.approx(float(values[ranking(values, which, 3)][3]), rel=0.1)
 
 
-def test_residuals_are_measured():
-    H = matrix(spectra["random"])
-    found = top_eigenpairs(H, k=3)
-    again = [float((H @ v - value * v).norm() / value.abs()) for v, value in zip(found.eigenvectors, found.eigenvalues, strict=True)]
-    assert found.residuals.tolist() == pytest.approx(again, rel=1e-2, abs=1e-6)
+class Columns:
+    "A float32 matrix as products, symmetric or not."
+
+    device = torch.device("cpu")
+
+    def __init__(self, A):
+        self.A, self.n, self.products = A.float(), len(A), 0
+
+    def __matmul__(self, v):
+        self.products += 1
+        return self.A @ v
+
+
+def fresh_residuals(H, found) -> list[float]:
+    "By one product more for each pair."
+    return [float((H @ v - value * v).norm() / value.abs()) for v, value in zip(found.eigenvectors, found.eigenvalues, strict=True)]
+
+
+@pytest.mark.parametrize("basis", [None, 5])
+@pytest.mark.parametrize("tol", [1e-2, 1e-3, 1e-5])
+def test_residuals_are_measured(monkeypatch, tol, basis):
+    monkeypatch.setattr("valuecot.curvature.eigen.SMALL", 0)  # restarts, as for a large model
+    H = Columns(matrix(spectra["random"]).matrix)
+    found = top_eigenpairs(H, tol=tol, basis=basis)
+    assert found.converged.all() and found.matvecs == found.exact_matvecs == H.products
+    assert found.residuals.tolist() == pytest.approx(fresh_residuals(H, found), rel=1e-2, abs=1e-6)
+
+
+def test_products_that_are_not_symmetric_show_in_the_residual():
+    A = matrix(spectra["random"]).matrix
+    noise = torch.randn(A.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    H = Columns(A + 0.02 * (noise - noise.T))
+    found = top_eigenpairs(H)
+    assert not found.converged.all() and found.residuals.max() > 1e-3
+    assert found.residuals.tolist() == pytest.approx(fresh_residuals(H, found), rel=1e-2)
+
+
+def test_more_digits_than_float32_has_cost_products_of_their_own(monkeypatch):
+    spent = []
+    monkeypatch.setattr("valuecot.curvature.eigen.pursue", lambda *args: spent.append(args[0].products) or pursue(*args))
+    for name in ("random", "wide"):
+        found = top_eigenpairs(matrix(spectra[name]))
+        assert found.converged.all()
+    assert len(spent) == 1 and found.matvecs > spent[0]  # only the wide one
 
 
 def test_every_k_up_to_n():

@@ -85,11 +85,13 @@ class Krylov:
         H: LinearOperator,
         size: int,  # vectors held at most
         seed: int,
+        images: bool = False,  # hold their products as well
     ):
         self.H, self.size = H, min(size, H.n)
         self.random = torch.Generator().manual_seed(seed)
         self.dtype = getattr(H, "dtype", torch.float32)
         self.vectors = torch.zeros(self.size, H.n, device=H.device, dtype=self.dtype)
+        self.images = torch.zeros_like(self.vectors) if images else None  # H @ vectors, row by row
         self.T = torch.zeros(self.size, self.size, dtype=torch.float64)
         self.m, self.products, self.scale, self.beta = 0, 0, 0.0, 0.0  # scale: largest |Ritz value| so far
         self.next = self.fresh()
@@ -114,6 +116,8 @@ class Krylov:
         "Spend one product on the next direction."
         self.vectors[self.m] = self.fresh() if self.next is None else self.next
         w = self.product(self.vectors[self.m]).clone()
+        if self.images is not None:
+            self.images[self.m] = w
         self.m += 1
         h, self.beta = orthogonalize(w, self.vectors[: self.m])
         self.T[: self.m, self.m - 1] = self.T[self.m - 1, : self.m] = h.cpu()
@@ -131,7 +135,9 @@ class Krylov:
 
     def keep(self, values: Tensor, mix: Tensor) -> None:  # (p,), (m, p)
         "Restart from `p` Ritz vectors."
-        rotate(self.vectors[: self.m], mix)
+        for held in (self.vectors, self.images):
+            if held is not None:
+                rotate(held[: self.m], mix)
         self.m = len(values)
         self.T.zero_()
         self.T[: self.m, : self.m] = values.diag()
