@@ -59,6 +59,8 @@ class Attribution(Shown):
     tokens: list[Tensor]  # per example (scored tokens,): each token's share of `value`
     groups: dict[str, float]  # group -> its share; they sum to `value`
     counts: dict[str, int]  # group -> scored tokens
+    reduction: str = ""  # how losses were averaged
+    examples: str = ""  # hash of ids and labels
 
 
 def attribute(
@@ -82,4 +84,4 @@ def attribute(
             name = label if isinstance(label, str) else label[place + 1]  # targets[place] is token place + 1
             sums[name], counts[name] = sums.get(name, 0.0) + part, counts.get(name, 0) + 1
         shares.append(share)
-    return Attribution(float(sum(share.sum() for share in shares)), shares, sums, counts)
+    return Attribution(float(sum(share.sum() for share in shares)), shares, sums, counts, H.reduction, H.fingerprint)

@@ -73,8 +73,8 @@ def relative_to(
     values: Tensor,  # (k,)
     scale: float,  # largest |Ritz value| seen
 ) -> Tensor:  # (k,), what an error is divided by
-    "|lambda|; the scale of the spectrum where lambda is zero to float32; 1 for a zero matrix."
-    return torch.where(values.abs() > 1e-6 * scale, values.abs(), torch.tensor(scale or 1.0, dtype=values.dtype))
+    "|lambda|; a thousandth of the scale of the spectrum where lambda is zero to float32; 1 for a zero matrix."
+    return torch.where(values.abs() > 1e-6 * scale, values.abs(), torch.tensor(1e-3 * scale or 1.0, dtype=values.dtype))
 
 # %% ../../nbs/curvature/22_krylov.ipynb #37bac875
 class Krylov:
@@ -85,13 +85,11 @@ class Krylov:
         H: LinearOperator,
         size: int,  # vectors held at most
         seed: int,
-        images: bool = False,  # hold their products as well
     ):
         self.H, self.size = H, min(size, H.n)
         self.random = torch.Generator().manual_seed(seed)
         self.dtype = getattr(H, "dtype", torch.float32)
         self.vectors = torch.zeros(self.size, H.n, device=H.device, dtype=self.dtype)
-        self.images = torch.zeros_like(self.vectors) if images else None  # H @ vectors, row by row
         self.T = torch.zeros(self.size, self.size, dtype=torch.float64)
         self.m, self.products, self.scale, self.beta = 0, 0, 0.0, 0.0  # scale: largest |Ritz value| so far
         self.next = self.fresh()
@@ -116,10 +114,10 @@ class Krylov:
         "Spend one product on the next direction."
         self.vectors[self.m] = self.fresh() if self.next is None else self.next
         w = self.product(self.vectors[self.m]).clone()
-        if self.images is not None:
-            self.images[self.m] = w
         self.m += 1
         h, self.beta = orthogonalize(w, self.vectors[: self.m])
+        if not (h.isfinite().all() and self.beta < float("inf")):
+            raise ArithmeticError("a product holds inf or nan: the loss or its slope is not finite here")
         self.T[: self.m, self.m - 1] = self.T[self.m - 1, : self.m] = h.cpu()
         self.scale = max(self.scale, float(torch.linalg.eigvalsh(self.T[: self.m, : self.m]).abs().max()))
         if self.beta <= 1e-6 * self.scale:  # an invariant subspace: what is left of w is rounding
@@ -135,9 +133,7 @@ class Krylov:
 
     def keep(self, values: Tensor, mix: Tensor) -> None:  # (p,), (m, p)
         "Restart from `p` Ritz vectors."
-        for held in (self.vectors, self.images):
-            if held is not None:
-                rotate(held[: self.m], mix)
+        rotate(self.vectors[: self.m], mix)
         self.m = len(values)
         self.T.zero_()
         self.T[: self.m, : self.m] = values.diag()

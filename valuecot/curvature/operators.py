@@ -32,7 +32,7 @@ class MatrixOperator:
         gradient: Tensor | None = None,  # g (n,); zero if left out
         loss: float = 0.0,  # c
     ):
-        if matrix.ndim != 2 or not torch.allclose(matrix, matrix.T):
+        if matrix.ndim != 2 or len(matrix) != len(matrix.T) or not torch.allclose(matrix, matrix.T):
             raise ValueError(f"need a symmetric matrix, got shape {tuple(matrix.shape)}: pass (A + A.T) / 2")
         self.matrix, self.n, self.device, self.products = matrix.double(), len(matrix), matrix.device, 0
         self.slope = matrix.new_zeros(self.n).double() if gradient is None else gradient.double()
@@ -72,6 +72,11 @@ class Rescaled:
         exact = getattr(self.H, "exact", self.H)
         return self if exact is self.H else Rescaled(exact, self.diagonal)
 
+    def __getattr__(self, name: str) -> object:  # what is known of the loss; its gradient has other units here
+        if name not in ("loss", "reduction", "fingerprint", "dtype"):
+            raise AttributeError(name)
+        return getattr(self.H, name)
+
     def __matmul__(self, v: Tensor) -> Tensor:  # (n,) -> (n,)
         return self.diagonal * (self.H @ (self.diagonal * v))
 
@@ -104,5 +109,8 @@ def views(
     parameters: list[Tensor],
 ) -> list[Tensor]:  # pieces of `flat` in the parameters' shapes, no copies
     "A flat vector seen in the shapes of the parameters."
-    pieces = flat.split([p.numel() for p in parameters])
+    sizes = [p.numel() for p in parameters]
+    if flat.shape != (sum(sizes),):
+        raise ValueError(f"a vector of shape {tuple(flat.shape)}, the parameters need ({sum(sizes)},)")
+    pieces = flat.split(sizes)
     return [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]

@@ -142,4 +142,5 @@ def pyhessian_eigenpairs(
     return Spectrum(
         torch.tensor(values, dtype=torch.float64, device=H.device), vectors, residuals.to(H.device), (residuals <= tol).to(H.device),
         matvecs=spent, which="magnitude", tol=tol, next_value=float("nan"), seed=seed, warnings=notes, **evidence(H),
+        error_bounds=(residuals * torch.tensor(values).abs()).to(H.device),
     )  # fmt: skip

@@ -66,7 +66,7 @@ class Cost(Shown):
     tokens: int  # padded, in all batches
     batches: int
     weights_bytes: int  # the model itself
-    vectors_bytes: int  # Krylov basis and its products; in the machine's memory with `Hosted`
+    vectors_bytes: int  # Krylov basis and certificate; in the machine's memory with `Hosted`
     product_bytes: int  # peak of one product above weights and vectors, its input and output included
     kept_bytes: int  # all graphs, if they are to be kept
     forward_flops: int  # one pass over the examples
@@ -152,5 +152,5 @@ def predict(
     scale = sum(padded) / padded[largest]
     peak, graph, product, forward = on_shapes(model, [examples[i] for i in groups[largest]], **options)
     n = sum(p.numel() for p in chosen_parameters(model, options.get("parameters")).values())
-    held = 2 * (basis or 2 * k + 6)  # vectors and their products
+    held = (basis or 2 * k + 6) + 2 * (k + 2)  # search; certificate and its images
     return Cost(n, sum(padded), len(groups), sum(p.nbytes for p in model.parameters()), 4 * n * held, peak + 4 * n, int(graph * scale), int(forward * scale), int(product * scale))

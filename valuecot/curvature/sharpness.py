@@ -88,7 +88,7 @@ def block_sharpness(
     found = {}
     for block, names in blocks(model, by).items():
         H = LossHessian(model, examples, parameters=names, **options)
-        found[block] = top_eigenpairs(H, min(1, H.n), tol, seed=seed, max_matvecs=max_matvecs)
+        found[block] = top_eigenpairs(H, 1, tol, seed=seed, max_matvecs=max_matvecs)
     return found
 
 # %% ../../nbs/curvature/30_sharpness.ipynb #4fe82937
