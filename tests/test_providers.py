@@ -1,0 +1,458 @@
+"""Questions, the cache of replies, prices and asking: against a server that speaks the providers' formats and fails on demand."""
+
+import asyncio
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ConfigDict
+from valuecot.data.world import generate
+from valuecot.providers.asking import Live, Policy, ask_all, seconds
+from valuecot.providers.cache import Cache, export_replies, import_replies
+from valuecot.providers.prices import Price
+from valuecot.providers.requests import Failed, Reply, Request, as_request, canonical
+from valuecot.providers.structured import Malformed, read
+from valuecot.providers.wire import WIRES, read_reply
+from valuecot.teacher.asked import Desk, by_reason, collect, wanted
+
+HERE = Path(__file__).parent
+KEY = "sk-planted-0123456789abcdef"
+SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
+PRICE = Price(0.05, 0.40)
+QUICK = Policy(tries=8, first_wait=0.01, rng=random.Random(0))
+
+
+@contextmanager
+def server(**options):  # -> base URL, a function that tells its counts
+    "The server of teacher_server.py in a process of its own."
+    flags = [f"--{k}={v}" for k, v in options.items()]
+    process = subprocess.Popen([sys.executable, str(HERE / "teacher_server.py"), *flags], stdout=subprocess.PIPE, text=True)
+    try:
+        root = f"http://127.0.0.1:{int(process.stdout.readline())}"
+        yield root, lambda: json.loads(urllib.request.urlopen(f"{root}/counts", timeout=10).read())
+    finally:
+        process.kill()
+        process.wait()
+
+
+def questions(n: int, **changed) -> list[Request]:
+    return [Request(**{"provider": "server", "model": "m", "messages": (("user", f"Question {i}: what is fair here, and why?"),), "max_tokens": 300} | changed) for i in range(n)]
+
+
+def ask(requests, root: str, cache: Cache, policy: Policy = QUICK, **options):
+    async def run():
+        return await ask_all(requests, {"server": Live("server", PRICE, f"{root}/v1", **{"connections": 8} | options)}, cache, policy)
+
+    return asyncio.run(run())
+
+
+@pytest.fixture
+def cache(tmp_path):
+    with Cache(tmp_path / "replies.sqlite") as found:
+        yield found
+
+
+# ------------------------------------------------------------------------- questions
+
+
+def test_all_that_can_change_the_answer_is_in_the_name():
+    base = {"provider": "server", "model": "m", "messages": (("user", "q"),), "max_tokens": 9, "parameters": {"temperature": 1.0}, "schema": SCHEMA, "sample": 0}
+    changes = {"provider": "openai", "model": "n", "messages": (("system", "s"), ("user", "q")), "max_tokens": 10, "parameters": {"temperature": 0.0}, "schema": {}, "sample": 1}
+    names = {Request(**base).key} | {Request(**base | {k: v}).key for k, v in changes.items()}
+    assert len(names) == 1 + len(changes)
+    assert Request(**base).key == Request(**base | {"parameters": dict(base["parameters"])}).key == as_request(Request(**base).text).key
+
+
+def test_the_order_of_parameters_changes_nothing():
+    one, two = (questions(1, parameters=dict(p))[0] for p in ([("temperature", 1.0), ("seed", 3)], [("seed", 3), ("temperature", 1.0)]))
+    assert one.key == two.key
+
+
+@pytest.mark.parametrize("changed, said", [
+    ({"messages": ()}, "last message"), ({"messages": (("assistant", "x"),)}, "last message"), ({"messages": (("user", " \n"),)}, "blank"),
+    ({"messages": (("boss", "x"), ("user", "y"))}, "none of system"), ({"max_tokens": 0}, "no room"),
+])  # fmt: skip
+def test_questions_that_cannot_be_asked(changed, said):
+    with pytest.raises(ValueError, match=said):
+        questions(1, **changed)
+
+
+# ------------------------------------------------------------------------- formats, judged by the providers' own packages
+
+
+def sdk_openai(root, request):
+    openai = pytest.importorskip("openai")
+    found = openai.OpenAI(base_url=f"{root}/v1", api_key=KEY, max_retries=0).chat.completions.create(
+        model=request.model, messages=[{"role": r, "content": t} for r, t in request.messages], max_completion_tokens=request.max_tokens, temperature=1.0, top_p=0.9, seed=3,
+        reasoning_effort="low", response_format={"type": "json_schema", "json_schema": {"name": "reply", "schema": SCHEMA, "strict": True}},
+    )  # fmt: skip
+    return found.choices[0].message.content, (found.usage.prompt_tokens, found.usage.completion_tokens)
+
+
+def sdk_anthropic(root, request):
+    anthropic = pytest.importorskip("anthropic")
+    turns = [{"role": r, "content": t} for r, t in request.messages if r != "system"]
+    found = anthropic.Anthropic(base_url=root, api_key=KEY, max_retries=0).messages.create(
+        model=request.model, max_tokens=request.max_tokens, system=request.messages[0][1], messages=turns, output_config={"effort": "low", "format": {"type": "json_schema", "schema": SCHEMA}}
+    )
+    return found.content[0].text, (found.usage.input_tokens, found.usage.output_tokens)
+
+
+def sdk_google(root, request):
+    genai = pytest.importorskip("google.genai")
+    turns = [{"role": {"user": "user", "assistant": "model"}[r], "parts": [{"text": t}]} for r, t in request.messages if r != "system"]
+    how = {"system_instruction": request.messages[0][1], "temperature": 1.0, "top_p": 0.9, "seed": 3, "max_output_tokens": request.max_tokens, "response_mime_type": "application/json",
+           "response_json_schema": SCHEMA, "thinking_config": {"thinking_level": "low"}}  # fmt: skip
+    client = genai.Client(api_key=KEY, http_options={"base_url": root})  # named: a client that is collected closes its connection
+    found = client.models.generate_content(model=request.model, contents=turns, config=how)
+    return found.text, (found.usage_metadata.prompt_token_count, found.usage_metadata.candidates_token_count)
+
+
+SDKS = {"openai": (sdk_openai, "/v1"), "anthropic": (sdk_anthropic, ""), "google": (sdk_google, "")}
+
+
+@pytest.mark.parametrize("provider", SDKS)
+def test_bodies_and_replies_are_those_of_the_providers_own_package(provider, cache, monkeypatch):
+    "What their package sends and reads, ours sends and reads."
+    monkeypatch.setenv(WIRES[provider].key, KEY)
+    talk = (("system", "Be brief."), ("user", "Which value comes first here?"), ("assistant", "Safety."), ("user", "And what about the other one, and why?"))
+    known = {"temperature": 1.0, "top_p": 0.9, "seed": 3, "effort": "low"} if provider != "anthropic" else {"effort": "low"}
+    request = Request(provider, "some-model", talk, 300, known, SCHEMA)
+    sdk, path = SDKS[provider]
+    with server() as (root, told):
+        theirs = sdk(root, request)
+        tally = asyncio.run(ask_all([request], {provider: Live(provider, PRICE, root + path)}, cache, QUICK))
+        bodies, headers = told()["bodies"], told()["headers"]
+    ours = cache.reply(request)
+    assert tally.replied == 1 and (ours.text, (ours.input_tokens, ours.output_tokens)) == theirs
+    assert bodies[0] == bodies[1]
+    said = [{k.lower(): v for k, v in h.items() if k.lower() in ("authorization", "x-goog-api-key", "anthropic-version", "x-api-key")} for h in headers]
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("provider, body", [
+    ("openai", {"choices": [{"message": {"content": None}, "finish_reason": "length"}], "usage": {"prompt_tokens": 1, "completion_tokens": 9}, "model": "m"}),
+    ("openai", {"choices": [{"message": {"content": None, "refusal": "no"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 1, "completion_tokens": 9}, "model": "m"}),
+    ("anthropic", {"content": [], "stop_reason": "max_tokens", "usage": {"input_tokens": 1, "output_tokens": 9}, "model": "m"}),
+    ("anthropic", {"content": [{"type": "text", "text": "I"}], "stop_reason": "refusal", "usage": {"input_tokens": 1, "output_tokens": 9}, "model": "m"}),
+    ("google", {"promptFeedback": {"blockReason": "SAFETY"}, "usageMetadata": {"promptTokenCount": 1}}),
+    ("google", {"candidates": [{"finishReason": "MAX_TOKENS", "content": {"role": "model"}}], "usageMetadata": {"promptTokenCount": 1, "thoughtsTokenCount": 9}}),
+])  # fmt: skip
+def test_no_words_are_a_failure_that_was_billed(provider, body):
+    with pytest.raises(Failed, match="empty|refusal") as error:
+        read_reply(provider, body)
+    assert error.value.billed and not error.value.again
+
+
+@pytest.mark.parametrize("provider", WIRES)
+@pytest.mark.parametrize("body", [{}, [], None, "text", {"choices": [{}]}, {"content": "x"}, {"candidates": [None]}])
+def test_answers_of_another_shape_are_tried_again(provider, body):
+    with pytest.raises(Failed) as error:
+        read_reply(provider, body)
+    assert error.value.again or "refusal" in error.value.reason
+
+
+# ------------------------------------------------------------------------- asking
+
+
+def test_every_question_ends_once_under_all_faults(cache):
+    with server(rate_limited=0.1, broken=0.05, reset=0.02, truncated=0.03) as (root, told):
+        tally = ask(questions(300), root, cache, connections=16)
+        counts = told()["counts"]
+    assert (tally.replied, tally.failures, tally.unasked) == (300, [], 0)
+    row = cache.ledger()[0]
+    assert row["sent"] == counts["requests"] and row["replies"] == counts["answered"] == 300 and row["unanswered"] == 0
+    assert row["failures"] == {"429": counts["rate_limited"], "500": counts["broken"], "connection": counts["reset"], "malformed": counts["truncated"]}
+    assert min(counts[f] for f in ("rate_limited", "broken", "reset", "truncated")) > 0
+    assert row["usd"] == pytest.approx(cache.spent)
+
+
+def test_what_is_on_disk_is_not_asked_again(cache):
+    with server() as (root, told):
+        ask(questions(20), root, cache)
+        tally = ask([*questions(25), *questions(25)], root, cache)
+        assert (tally.known + tally.repeated, tally.replied) == (45, 5) and told()["counts"]["requests"] == 25
+
+
+def test_refusals_are_recorded_and_not_repeated(cache):
+    with server() as (root, told):
+        lost = asyncio.run(ask_all(questions(3), {"server": Live("server", PRICE, f"{root}/nowhere")}, cache, QUICK))
+        assert [f.tries for f in lost.failures] == [1, 1, 1] and all(f.reason.startswith("404") for f in lost.failures)
+        assert cache.spent == 0 and cache.ledger()[0]["failures"] == {"404": 3}
+        assert ask(questions(3), root, cache).replied == 3  # a failure is no reply: it is asked again
+
+
+def test_a_blank_reply_is_never_passed_on(cache):
+    with server(empty=1.0) as (root, _):
+        tally = ask(questions(4), root, cache)
+    assert len(tally.failures) == 4 and all("empty" in f.reason for f in tally.failures)
+    assert all(cache.reply(q) is None for q in questions(4)) and cache.spent > 0
+
+
+def test_a_server_that_hangs_times_out(cache):
+    with server(hang=1.0) as (root, _):
+        tally = ask(questions(3), root, cache, Policy(tries=2, first_wait=0.01), timeout=0.3)
+    assert [f.reason for f in tally.failures] == ["timeout"] * 3 and cache.ledger()[0]["sent"] == 6
+    assert cache.spent == pytest.approx(6 * PRICE.most(questions(1)[0]) / 1e9)  # may have been billed
+
+
+def test_a_server_that_is_not_there(cache):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        tally = ask(questions(2), f"http://127.0.0.1:{closed.getsockname()[1]}", cache, Policy(tries=2, first_wait=0.01))
+    assert [f.reason.split(" ")[0] for f in tally.failures] == ["connection"] * 2
+
+
+def test_a_wait_is_as_long_as_asked_and_grows():
+    policy = Policy(first_wait=0.5, longest_wait=4.0, rng=random.Random(1))
+    assert all(3.0 <= policy.wait(1, 3.0) <= 3.5 for _ in range(50))
+    longest = [max(policy.wait(tried, None) for _ in range(400)) for tried in range(1, 8)]
+    assert longest == sorted(longest[:4]) + longest[4:] and max(longest) <= 4.0 and longest[3] > 3.5
+    assert (seconds("2"), seconds("-1"), seconds(None), seconds("Wed, 21 Oct 2026 07:28:00 GMT")) == (2.0, 0.0, None, None)
+
+
+def test_a_limit_per_minute_is_kept(cache):
+    "A leaky bucket of 60 per minute gives 60 at once; the next come one by one."
+    with server() as (root, _):
+        start = time.monotonic()
+        ask(questions(62), root, cache, per_minute=60, connections=32)
+    assert time.monotonic() - start > 1.5
+
+
+def test_nobody_to_ask(cache):
+    tally = asyncio.run(ask_all(questions(2), {}, cache))
+    assert len(tally.failures) == 2 and "not in the cache" in tally.failures[0].reason
+
+
+# ------------------------------------------------------------------------- money
+
+
+def test_a_cap_is_never_passed(cache):
+    most = PRICE.most(questions(1)[0]) / 1e9
+    with server(latency=0.01) as (root, told):
+        tally = ask(questions(60), root, cache, Policy(cap=10.5 * most), connections=8)
+        assert 10 <= tally.replied < 60 and tally.replied + tally.unasked == 60
+        assert cache.spent <= 10.5 * most and told()["counts"]["requests"] == tally.replied
+        assert ask(questions(60), root, cache, Policy(cap=cache.spent)).replied == 0
+        assert ask(questions(60), root, cache, Policy(cap=1.0)).unasked == 0
+
+
+def test_a_bound_is_above_the_bill():
+    for text in ("q", "Ä" * 50, "word " * 400, "🙂" * 30, '"\\\n' * 40):
+        request = Request("server", "m", (("user", text),), 100, schema=SCHEMA)
+        assert PRICE.most(request) >= PRICE.cost(len(text.encode()), 100)
+    assert PRICE.cost(1_000_000, 1_000_000) == 450_000_000 and Price(0.0333, 0).cost(1, 0) == 34  # rounded up
+
+
+# ------------------------------------------------------------------------- the cache
+
+
+def fill(path: str, start: int, n: int) -> None:
+    with Cache(path) as cache:
+        for q in questions(start + n)[start:]:
+            cache.settle(cache.send(q, 1000, None).result()[1], "reply", 7, Reply("a", "m", 1, 1, "stop"))
+            cache.keep(q, Reply(f"from {os.getpid()}", "m", 1, 1, "stop"), "live").result()
+
+
+def test_many_processes_write_at_once(tmp_path):
+    path = str(tmp_path / "replies.sqlite")
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=fill, args=(path, 20 * i, 40)) for i in range(4)]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join()
+    with Cache(path) as cache:
+        assert all(w.exitcode == 0 for w in workers)
+        assert cache.db.execute("SELECT COUNT(*), COUNT(DISTINCT key) FROM replies").fetchone() == (100, 100)
+        row = cache.ledger()[0]
+        assert (row["sent"], row["replies"], row["usd"]) == (160, 160, 160 * 7 / 1e9)
+
+
+def test_an_export_replays_byte_for_byte(cache, tmp_path, monkeypatch):
+    with server() as (root, _):
+        ask(questions(12), root, cache)
+    assert export_replies(cache, tmp_path / "a.jsonl.gz") == 12
+    monkeypatch.setattr(socket.socket, "connect", lambda *a: pytest.fail("the network is off"))
+    with Cache(tmp_path / "theirs.sqlite") as theirs:
+        assert (import_replies(theirs, tmp_path / "a.jsonl.gz"), import_replies(theirs, tmp_path / "a.jsonl.gz")) == (12, 0)
+        assert asyncio.run(ask_all(questions(12), {}, theirs)).known == 12
+        assert all(theirs.reply(q) == cache.reply(q) for q in questions(12))
+        export_replies(theirs, tmp_path / "b.jsonl.gz")
+    assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
+    assert export_replies(cache, tmp_path / "c.jsonl.gz", [q.key for q in questions(5)]) == 5
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"no gzip", lambda b: b[:30] + bytes(10) + b[40:]])
+def test_a_damaged_export_changes_nothing(cache, tmp_path, damage):
+    cache.keep(questions(1)[0], Reply("mine", "m", 1, 1, "stop"), "live").result()
+    export_replies(cache, tmp_path / "a.jsonl.gz")
+    (tmp_path / "a.jsonl.gz").write_bytes(damage((tmp_path / "a.jsonl.gz").read_bytes()))
+    with Cache(tmp_path / "theirs.sqlite") as theirs:
+        with pytest.raises(ValueError, match="nothing was imported"):
+            import_replies(theirs, tmp_path / "a.jsonl.gz")
+        assert theirs.db.execute("SELECT COUNT(*) FROM replies").fetchone() == (0,)
+
+
+def test_the_first_reply_stays(cache):
+    q = questions(1)[0]
+    for text in ("one", "two"):
+        cache.keep(q, Reply(text, "m", 1, 1, "stop"), "live").result()
+    assert cache.reply(q).text == "one"
+
+
+def test_a_file_that_is_no_cache(tmp_path):
+    (tmp_path / "replies.sqlite").write_bytes(b"this is a text, not a database" * 100)
+    with pytest.raises(ValueError, match="no cache of replies"):
+        Cache(tmp_path / "replies.sqlite")
+
+
+def test_a_full_disk_is_told_to_everyone_who_waits(cache):
+    cache.writer.write("PRAGMA max_page_count = 1").exception()
+    jobs = [cache.keep(q, Reply("long " * 4000, "m", 1, 1, "stop"), "live") for q in questions(30)]
+    errors = {type(j.exception(timeout=30)) for j in jobs}
+    assert sqlite3.OperationalError in errors
+
+
+# ------------------------------------------------------------------------- what a reply holds
+
+
+class Choice(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    value: str
+    why: str
+
+
+WHOLE = '{"value": "duty", "why": "it was promised, {really}, \\"twice\\", as [they] say:,}"}'
+
+
+@pytest.mark.parametrize("text", [
+    WHOLE, f"```json\n{WHOLE}\n```", f"Here you are:\n\n{WHOLE}\n\nAnything else?", WHOLE[:-1] + ",}", WHOLE[:-1] + " ,\n }", f"{{not json}} {WHOLE}", f"{WHOLE}\n{WHOLE}",
+    f'{{"thoughts": "first"}}\n{WHOLE}', "\ufeff" + WHOLE,
+])  # fmt: skip
+def test_what_is_all_there_is_read(text):
+    assert read(Reply(text, "m", 1, 1, "stop"), Choice) == Choice(**json.loads(WHOLE))
+
+
+def test_curly_quotes_and_line_breaks_are_read():
+    assert read(Reply("{“value”: “duty”, “why”: “it was\npromised”,}", "m", 1, 1, "stop"), Choice).why == "it was\npromised"
+    assert read(Reply('{"value": "duty", "why": "she said “go”, and “stay”"}', "m", 1, 1, "stop"), Choice).why == "she said “go”, and “stay”"
+
+
+@pytest.mark.parametrize("text, said", [
+    ("", "no JSON"), ("I cannot help with that.", "no JSON"), ('{"value": "duty"}', "why: Field required"), ('{"value": "duty", "why": 3}', "why"), ("[1, 2]", "no JSON"),
+    ('{"value": "duty", "why": "x", "more": 1}', "more"), (WHOLE + WHOLE.replace("duty", "care"), "2 different objects"), ("null", "no JSON"), ("{" * 3000, "no JSON"),
+])  # fmt: skip
+def test_what_is_not_there_is_not_invented(text, said):
+    with pytest.raises(Malformed, match=said):
+        read(Reply(text or " ", "m", 1, 1, "stop"), Choice)
+
+
+def test_no_beginning_of_a_reply_passes_for_the_whole():
+    for end in range(1, len(WHOLE)):
+        with pytest.raises(Malformed):
+            read(Reply(WHOLE[:end], "m", 1, 1, "stop"), Choice)
+    with pytest.raises(Malformed, match="cut off"):
+        read(Reply(WHOLE, "m", 1, 1, "length"), Choice)
+
+
+def desk() -> Desk:
+    return Desk("stand-in", "server", "m", max_tokens=600)
+
+
+def traced(n: int, root: str, cache: Cache, policy: Policy = QUICK, connections: int = 16):
+    wants = list(wanted(generate(n, seed=0), ("standard", "annealing"), lambda p: desk(), 60))
+    return collect(wants, {"server": Live("server", PRICE, f"{root}/v1", connections=connections)} if root else {}, cache, policy)
+
+
+def test_every_prompt_ends_as_a_trace_or_a_reason(cache):
+    with server(malformed=0.25) as (root, told):
+        traces, aside, tally = traced(60, root, cache)
+        counts = told()["counts"]
+    assert len(traces) + len(aside) == 120 and len({(t.prompt_id, t.style) for t in traces} | {(q.prompt_id, q.style) for q in aside}) == 120
+    assert 0 < len(aside) < 25 and counts["requests"] == 120 + counts["malformed"] - len(aside)  # each that did not fit was asked once more
+    assert all(q.reason and q.text for q in aside) and sum(row["count"] for row in by_reason(aside)) == len(aside)
+    assert all(t.phases and t.response and t.teacher == "stand-in" for t in traces)
+    assert traced(60, "", cache)[:2] == (traces, aside)  # with nobody to ask
+
+
+def test_a_cap_leaves_the_rest_unasked_and_says_how_many(cache):
+    with server() as (root, _):
+        traces, aside, tally = traced(40, root, cache, Policy(cap=0.01))
+    assert cache.spent <= 0.01 and tally.unasked > 0 and len(traces) + tally.unasked == 80 and not aside
+
+
+# ------------------------------------------------------------------------- keys
+
+
+def test_a_key_is_in_no_file_and_no_message(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("SERVER_API_KEY", KEY)
+    with Cache(tmp_path / "replies.sqlite") as cache, server(rate_limited=0.2) as (root, told):
+        ask(questions(10), root, cache)
+        lost = asyncio.run(ask_all(questions(12)[10:], {"server": Live("server", PRICE, f"{root}/{KEY}")}, cache, QUICK))  # the server repeats its path
+        assert told()["headers"][-1].get("Authorization") == f"Bearer {KEY}"  # it was sent
+        export_replies(cache, tmp_path / "all.jsonl.gz")
+        said = repr(lost) + canonical([cache.ledger()]) + repr(Live("server", PRICE, root))
+    assert KEY not in said and KEY not in "".join(capfd.readouterr())
+    assert all(KEY.encode() not in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+
+
+# ------------------------------------------------------------------------- kills
+
+ASKER = """
+import sys
+sys.path.insert(0, "tests")
+from test_providers import Cache, Policy, traced
+with Cache(sys.argv[2]) as cache:
+    traced(int(sys.argv[3]), sys.argv[1], cache, Policy(tries=12, first_wait=0.01))
+"""
+CONNECTIONS = 16
+
+
+def killed_run(path: Path, n: int, kills: int, seed: int, **faults) -> dict[str, int]:
+    "Counts of the server after a run that was killed at random moments and then left to end."
+    rng = random.Random(seed)
+    with server(latency=0.02, **faults) as (root, told):
+        command = [sys.executable, "-c", ASKER, root, str(path), str(n)]
+        for _ in range(kills):
+            begun, process = told()["counts"].get("requests", 0), subprocess.Popen(command, cwd=HERE.parent)
+            while told()["counts"].get("requests", 0) == begun and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.6))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        subprocess.run(command, cwd=HERE.parent, check=True)
+        return told()["counts"]
+
+
+def check_kills(folder: Path, n: int, kills: int, seed: int, **faults) -> None:
+    counts = killed_run(folder / "replies.sqlite", n, kills, seed, **faults)
+    with Cache(folder / "replies.sqlite") as cache:
+        traces, aside, tally = traced(n, "", cache)
+        row = cache.ledger()[0]
+    ended = [(t.prompt_id, t.style) for t in traces] + [(q.prompt_id, q.style) for q in aside]
+    assert len(ended) == len(set(ended)) == 2 * n and all(q.reason for q in aside)
+    print(f"{kills} kills: server counted {counts['requests']}, ledger {row['sent']} sent, {row['unanswered']} of them unanswered; {len(traces)} traces, {len(aside)} aside")
+    assert row["unanswered"] <= CONNECTIONS * kills, "no more than what was on its way"
+    assert row["sent"] - row["unanswered"] <= counts["requests"] <= row["sent"], "every sending was logged before it left"
+
+
+def test_a_killed_run_goes_on_and_knows_what_it_sent(tmp_path):
+    check_kills(tmp_path, 60, 2, seed=0, rate_limited=0.1, broken=0.05, malformed=0.05)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("seed", range(3))
+def test_a_thousand_prompts_ten_kills_all_faults(tmp_path, seed):
+    check_kills(tmp_path, 1000, 10, seed, rate_limited=0.1, broken=0.05, reset=0.02, malformed=0.03)
