@@ -26,6 +26,7 @@ def parameters_of(
 
 
 def chat(request: Request) -> list[dict[str, str]]:
+    "Messages as most providers want them."
     return [{"role": role, "content": text} for role, text in request.messages]
 
 
@@ -75,6 +76,7 @@ def reply_of(text: str | None, model: str, usage: tuple[int, int], finish: str) 
 
 
 def openai_reply(body: dict) -> Reply:
+    "Of OpenAI, and of servers that speak like it."
     choice, usage = body["choices"][0], body["usage"]
     if choice["message"].get("refusal"):
         raise Failed("refusal", billed=True)
@@ -82,6 +84,7 @@ def openai_reply(body: dict) -> Reply:
 
 
 def anthropic_reply(body: dict) -> Reply:
+    "Of Anthropic; tokens read from or written to its own cache count as input."
     usage, finish = body["usage"], {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length"}
     if body["stop_reason"] == "refusal":
         raise Failed("refusal", billed=True)
@@ -91,6 +94,7 @@ def anthropic_reply(body: dict) -> Reply:
 
 
 def google_reply(body: dict) -> Reply:
+    "Of Google; thoughts are billed and not shown."
     usage = body["usageMetadata"]
     spent = usage["promptTokenCount"], usage.get("candidatesTokenCount", 0) + usage.get("thoughtsTokenCount", 0)
     if not body.get("candidates"):

@@ -18,6 +18,7 @@ __all__ = ['Words', 'Name', 'SCHEMAS', 'words', 'short_name', 'Form', 'Values', 
 
 # %% ../../nbs/teacher/43_schemas.ipynb #7ad8eb22
 def words(text: str) -> str:
+    "The text, if it has words and no marks of the layout."
     text = text.strip()
     if not text:
         raise ValueError("is blank")
@@ -27,6 +28,7 @@ def words(text: str) -> str:
 
 
 def short_name(text: str) -> str:
+    "The text, if it has one to three words."
     text = words(text)
     if len(text.split()) > 3:
         raise ValueError(f"has {len(text.split())} words, at most three allowed")
@@ -44,11 +46,15 @@ class Form(BaseModel):
 
 
 class Values(Form):
+    "The two values in conflict."
+
     value_1: Name
     value_2: Name
 
 
 class Reasoned(Form):
+    "A reasoning and what follows from it."
+
     cot: Words
     final_response: Words
 
@@ -64,6 +70,8 @@ class StandardReply(Form):
 
 
 class Phases(Form):
+    "Three texts, one for each phase."
+
     phase_1_high_temp: Words
     phase_2_cooling: Words
     phase_3_low_temp: Words
