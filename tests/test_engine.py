@@ -784,3 +784,26 @@ def test_hessian_eigenthings_sees_the_same_hessian():
         found = peer.lanczos(peer.HessianOperator(model, rows, weighted), k=2, max_iter=40, tol=1e-6, seed=0)
         ours = top_eigenpairs(H, tol=1e-4, which="magnitude")
         assert sorted(found.eigenvalues.tolist()) == pytest.approx(sorted(ours.eigenvalues.tolist()), rel=1e-3)
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"chunk": 0}, "chunk must be positive"), ({"keep": -1}, "keep=-1"), ({"method": "difference", "step": float("inf")}, "step must be positive"), ({"token_budget": 0}, "token_budget"),
+])  # fmt: skip
+def test_numbers_that_make_no_operator(options, said):
+    with pytest.raises(ValueError, match=said):
+        LossHessian(llama(True), texts(), **options)
+
+
+def test_vectors_of_another_length_are_named():
+    H = LossHessian(llama(True), texts())
+    with pytest.raises(ValueError, match="shape"):
+        H @ torch.ones(H.n + 1)
+    with pytest.raises(ValueError, match="the parameters need"):
+        eigenplane(H, torch.eye(2, H.n - 1), [0.0], [0.0])
+
+
+def test_every_result_says_which_texts_it_is_of():
+    H = LossHessian(llama(True), texts())
+    s = top_eigenpairs(H)
+    found = [s, hutchinson_trace(H, 2), spectral_density(H, 1, 3), attribute(H, s.eigenvectors[0]), adaptive_sharpness(H)]
+    assert {(f.reduction, f.examples) for f in found} == {("token", H.fingerprint)}

@@ -29,8 +29,8 @@ def along(
     pairs = [(b, d) for b, d in zip(back, direction, strict=True) if b.requires_grad]
     if not pairs:
         return torch.zeros_like(outputs)
-    values, along = zip(*pairs, strict=True)
-    return torch.autograd.grad(values, u, along, retain_graph=True, materialize_grads=True)[0]
+    values, tangents = zip(*pairs, strict=True)
+    return torch.autograd.grad(values, u, tangents, retain_graph=True, materialize_grads=True)[0]
 
 
 def curved(p: Tensor, dz: Tensor, c: Tensor) -> Tensor:  # (s, V), (s, V), (s,) -> (s, V)

@@ -164,8 +164,10 @@ class LossHessian(LossOperator):
     ):
         if method not in METHODS:
             raise ValueError(f"method {method!r}: there are {', '.join(METHODS)}")
-        if not step > 0:
+        if not 0 < step < float("inf"):
             raise ValueError(f"step must be positive, got {step}")
+        if keep is not None and keep < 0:
+            raise ValueError(f"keep={keep} bytes of graphs: 0 keeps none, None a third of what is free")
         if method != "exact" and (precision := options.get("precision", "float32")) != "float32":
             raise ValueError(f"a difference of {precision} gradients is noise: use method='exact' with {precision}, or precision='float32'")
         super().__init__(model, examples, reduction, **options)

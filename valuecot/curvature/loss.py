@@ -199,6 +199,8 @@ class CausalLoss(Batched):
         distributed: bool = False,  # shard the examples over torch.distributed's processes
         chunk: int = 1 << 24,  # logits held at a time
     ):
+        if chunk < 1:
+            raise ValueError(f"chunk must be positive, got {chunk}")
         self.named = chosen_parameters(model, parameters)
         self.model, self.parameters, self.chunk, self.precision = model, list(self.named.values()), chunk, precision
         self.n, self.dtype = sum(p.numel() for p in self.parameters), self.parameters[0].dtype

@@ -39,6 +39,8 @@ def loader(
     batch_size: int,  # rows
 ) -> list[tuple[Tensor, Tensor]]:  # (B, 2, T) ids and mask, (B, T) labels
     "Batches in the order given, padded on the right."
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be positive, got {batch_size}")
     batches = []
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
