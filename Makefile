@@ -39,6 +39,7 @@ study: env ## run the study and build its pages: PROFILE=tiny|small|paper STUDY=
 plan: env ## what would run, and what it needs in memory, time and downloads; runs nothing
 	@$(FLOW) plan --profile $(PROFILE) --study $(STUDY) --set $(call quoted,$(SET))
 	@test $(STUDY) = steerable || $(PY) -m valuecot.training.costs --profile $(PROFILE) --set $(call quoted,$(SET))
+	@test $(STUDY) = steerable || $(PY) -m valuecot.teacher.bill --profile $(PROFILE) --set $(call quoted,$(SET))
 
 dry: env ## what Snakemake would run, and why
 	@$(FLOW) dry --profile $(PROFILE) --study $(STUDY) --jobs $(JOBS) --set $(call quoted,$(SET))

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import sqlite3
@@ -24,7 +25,8 @@ from valuecot.providers.prices import Price
 from valuecot.providers.requests import Failed, Reply, Request, as_request, canonical
 from valuecot.providers.structured import Malformed, read
 from valuecot.providers.wire import WIRES, read_reply
-from valuecot.teacher.asked import Desk, by_reason, collect, wanted
+from valuecot.teacher.asked import Desk, Quarantined, by_reason, collect, wanted, with_traces
+from valuecot.teacher.rules import write_trace
 
 HERE = Path(__file__).parent
 KEY = "sk-planted-0123456789abcdef"
@@ -52,7 +54,7 @@ def questions(n: int, **changed) -> list[Request]:
 
 def ask(requests, root: str, cache: Cache, policy: Policy = QUICK, **options):
     async def run():
-        return await ask_all(requests, {"server": Live("server", PRICE, f"{root}/v1", **{"connections": 8} | options)}, cache, policy)
+        return await ask_all(requests, {"server/m": Live("server", PRICE, f"{root}/v1", **{"connections": 8} | options)}, cache, policy)
 
     return asyncio.run(run())
 
@@ -132,7 +134,7 @@ def test_bodies_and_replies_are_those_of_the_providers_own_package(provider, cac
     sdk, path = SDKS[provider]
     with server() as (root, told):
         theirs = sdk(root, request)
-        tally = asyncio.run(ask_all([request], {provider: Live(provider, PRICE, root + path)}, cache, QUICK))
+        tally = asyncio.run(ask_all([request], {request.who: Live(provider, PRICE, root + path)}, cache, QUICK))
         bodies, headers = told()["bodies"], told()["headers"]
     ours = cache.reply(request)
     assert tally.replied == 1 and (ours.text, (ours.input_tokens, ours.output_tokens)) == theirs
@@ -187,7 +189,7 @@ def test_what_is_on_disk_is_not_asked_again(cache):
 
 def test_refusals_are_recorded_and_not_repeated(cache):
     with server() as (root, told):
-        lost = asyncio.run(ask_all(questions(3), {"server": Live("server", PRICE, f"{root}/nowhere")}, cache, QUICK))
+        lost = asyncio.run(ask_all(questions(3), {"server/m": Live("server", PRICE, f"{root}/nowhere")}, cache, QUICK))
         assert [f.tries for f in lost.failures] == [1, 1, 1] and all(f.reason.startswith("404") for f in lost.failures)
         assert cache.spent == 0 and cache.ledger()[0]["failures"] == {"404": 3}
         assert ask(questions(3), root, cache).replied == 3  # a failure is no reply: it is asked again
@@ -373,7 +375,8 @@ def desk() -> Desk:
 
 def traced(n: int, root: str, cache: Cache, policy: Policy = QUICK, connections: int = 16):
     wants = list(wanted(generate(n, seed=0), ("standard", "annealing"), lambda p: desk(), 60))
-    return collect(wants, {"server": Live("server", PRICE, f"{root}/v1", connections=connections)} if root else {}, cache, policy)
+    found = collect(wants, {"server/m": Live("server", PRICE, f"{root}/v1", connections=connections)} if root else {}, cache, policy)
+    return found.traces, found.aside, found.tally
 
 
 def test_every_prompt_ends_as_a_trace_or_a_reason(cache):
@@ -393,6 +396,62 @@ def test_a_cap_leaves_the_rest_unasked_and_says_how_many(cache):
     assert cache.spent <= 0.01 and tally.unasked > 0 and len(traces) + tally.unasked == 80 and not aside
 
 
+# ------------------------------------------------------------------------- the stage
+
+
+def stage_run(outputs, folder: Path, base_url: str, monkeypatch, extra: str = ""):
+    "The traces stage of the test profile with a teacher behind `base_url`."
+    from valuecot.flow.run import begin
+    from valuecot.geometry.traces import run_traces, stage
+
+    monkeypatch.setenv("VALUECOT_OUTPUTS", str(outputs))
+    run = begin(stage, "test", out=str(folder), overrides=f"geometry.traces.teachers=local teacher.local.base_url={base_url} teacher.local.model=m {extra}")
+    return run_traces(run)
+
+
+@pytest.fixture
+def prompts_only(outputs, tmp_path):
+    "An outputs folder of one's own that holds the prompts."
+    shutil.copytree(outputs / "test" / "geometry" / "prompts", tmp_path / "outputs" / "test" / "geometry" / "prompts")
+    return tmp_path / "outputs"
+
+
+def test_the_stage_asks_a_server_and_replays_without_it(prompts_only, tmp_path, monkeypatch):
+    with server(rate_limited=0.1, malformed=0.1) as (root, told):
+        first = stage_run(prompts_only, tmp_path / "a", f"{root}/v1", monkeypatch)
+        sent = told()["counts"]["requests"]
+        again = stage_run(prompts_only, tmp_path / "b", f"{root}/v1", monkeypatch)
+        assert told()["counts"]["requests"] == sent and again == first
+    (tmp_path / "exported").mkdir()
+    shutil.copy(tmp_path / "a" / "replies.jsonl.gz", tmp_path / "exported")
+    shutil.copytree(prompts_only / "test", tmp_path / "elsewhere" / "test")
+    monkeypatch.setattr(socket.socket, "connect", lambda *a: pytest.fail("the network is off"))
+    stage_run(tmp_path / "elsewhere", tmp_path / "c", "http://127.0.0.1:1/v1", monkeypatch, f"geometry.traces.replies={tmp_path / 'exported'}")
+    for name in ("traces.jsonl", "quarantine.jsonl", "audit.json", "replies.jsonl.gz"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes(), name
+    assert {t.teacher for t in first} == {"local"} and len(first) > 50
+
+
+def test_the_stage_says_what_is_missing_and_keeps_what_came(prompts_only, tmp_path, monkeypatch):
+    with server() as (root, told):
+        with pytest.raises(RuntimeError, match="cap of .* raise geometry.traces.cap"):
+            stage_run(prompts_only, tmp_path / "a", f"{root}/v1", monkeypatch, "teacher.local.output=100 geometry.traces.cap=2")
+        some = told()["counts"]["requests"]
+        assert 0 < some < 60 and not (tmp_path / "a" / "traces.jsonl").exists()
+        with pytest.raises(RuntimeError, match="questions have no reply yet .*404"):
+            stage_run(prompts_only, tmp_path / "a", f"{root}/nowhere", monkeypatch)
+        stage_run(prompts_only, tmp_path / "a", f"{root}/v1", monkeypatch)
+        assert told()["counts"]["answered"] == 72  # 36 prompts, two styles: none of them twice
+
+
+def test_arms_are_compared_on_the_same_prompts():
+    prompts = generate(4, seed=0)
+    traces = [t for p in prompts for t in (write_trace(p, "standard", 60, 0), write_trace(p, "annealing", 60, 0))]
+    lost = Quarantined(prompts[1].id, "annealing", "somebody", "refusal", "")
+    left, kept = with_traces(prompts, [t for t in traces if (t.prompt_id, t.style) != (prompts[1].id, "annealing")], [lost])
+    assert [p.id for p in left] == [prompts[i].id for i in (0, 2, 3)] and len(kept) == 6
+
+
 # ------------------------------------------------------------------------- keys
 
 
@@ -400,7 +459,7 @@ def test_a_key_is_in_no_file_and_no_message(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("SERVER_API_KEY", KEY)
     with Cache(tmp_path / "replies.sqlite") as cache, server(rate_limited=0.2) as (root, told):
         ask(questions(10), root, cache)
-        lost = asyncio.run(ask_all(questions(12)[10:], {"server": Live("server", PRICE, f"{root}/{KEY}")}, cache, QUICK))  # the server repeats its path
+        lost = asyncio.run(ask_all(questions(12)[10:], {"server/m": Live("server", PRICE, f"{root}/{KEY}")}, cache, QUICK))  # the server repeats its path
         assert told()["headers"][-1].get("Authorization") == f"Bearer {KEY}"  # it was sent
         export_replies(cache, tmp_path / "all.jsonl.gz")
         said = repr(lost) + canonical([cache.ledger()]) + repr(Live("server", PRICE, root))

@@ -232,10 +232,3 @@ def test_the_order_of_values_does_not_depend_on_how_they_are_given():
         for b in rules.VALUES:
             assert rules.in_order(a, b) == rules.in_order(b, a)
     assert all(len(v.name.split()) <= 3 for v in rules.VALUES.values())
-
-
-def test_teachers():
-    assert rules.teacher("rules").name == "rules"
-    for name in ("gpt-5-nano", "nobody", ""):
-        with pytest.raises(ValueError, match="live teachers are not available yet"):
-            rules.teacher(name)

@@ -16,10 +16,10 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from .types import Arm
 
 # %% auto #0
-__all__ = ['records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Weights', 'Data', 'Design', 'Traces', 'SFT',
-           'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'ModelShape', 'BaseModel', 'Steerable', 'SteerableSFT',
-           'SteerableGRPO', 'Sampling', 'record_of', 'cast', 'published', 'read_file', 'put', 'parse_overrides',
-           'typed', 'Settings', 'load', 'check_design']
+__all__ = ['records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Weights', 'Data', 'Design', 'Traces', 'TeacherModel',
+           'SFT', 'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'ModelShape', 'BaseModel', 'Steerable',
+           'SteerableSFT', 'SteerableGRPO', 'Sampling', 'record_of', 'cast', 'published', 'read_file', 'put',
+           'parse_overrides', 'typed', 'Settings', 'load', 'check_design']
 
 # %% ../nbs/01_settings.ipynb #8ad55607
 def root(
@@ -77,11 +77,35 @@ class Design:
 
 @dataclass(frozen=True)
 class Traces:
-    "[geometry.traces]: who writes the reasoning, and how long it is."
+    "[geometry.traces]: who writes the reasoning, how long it is, and what it may cost."
 
     teachers: tuple[str, ...]
     words: int
     templates: Source  # "" for ours, or a folder
+    replies: Source  # "" or a folder with exports of replies to take into the cache first
+    cap: float  # dollars, over all that was ever sent
+
+
+@dataclass(frozen=True)
+class TeacherModel:
+    "[teacher.<name>]: a language model that writes traces, how it is reached and what it costs."
+
+    provider: Literal["openai", "google", "anthropic", "server"]
+    model: str  # as the provider calls it
+    base_url: str  # "" for the provider's own
+    input: float  # dollars per million tokens
+    output: float  # thinking included
+    batch: float  # share of the price that a batch costs
+    max_tokens: int  # of a reply, thinking included
+    effort: Literal["", "minimal", "low", "medium", "high"]  # of thinking; "" for the provider's default
+    connections: int  # at once
+    per_minute: int  # questions; 0: no limit of ours
+    tokens_per_minute: int
+    timeout: float  # seconds for one try
+
+    def __post_init__(self):
+        if self.provider == "server" and not self.base_url:
+            raise ValueError(f"a teacher with provider = server needs a base_url, such as http://localhost:8000/v1 (model {self.model})")
 
 # %% ../nbs/01_settings.ipynb #64085721-2
 @dataclass(frozen=True)
@@ -285,7 +309,8 @@ def record_of(section: str) -> type | None:  # None: published numbers, a plain 
     "Record that validates `section`."
     if section.startswith("arm."):
         return Arm
-    return ModelShape if section.startswith("model.") else records.get(section)
+    families = {"model": ModelShape, "teacher": TeacherModel}
+    return families.get(section.split(".")[0], records.get(section)) if "." in section else records.get(section)
 
 # %% ../nbs/01_settings.ipynb #be3af736
 def cast(
@@ -312,7 +337,7 @@ def cast(
         raise ValueError(f"{where} = {text!r} is not {'a whole number' if kind is int else 'a number'}") from None
     if not 0 <= value < float("inf"):
         raise ValueError(f"{where} = {text!r} must be finite and not negative")
-    if kind is int and value == 0 and not where.endswith(("seed", "seeds", "top_k", "head_dim", "linear_heads")):
+    if kind is int and value == 0 and not where.endswith(("seed", "seeds", "top_k", "head_dim", "linear_heads", "per_minute")):
         raise ValueError(f"{where} = 0 would leave nothing to do: it counts something, so at least 1")
     return value
 
@@ -363,7 +388,7 @@ def typed(section: str, values: dict[str, str]) -> object:  # the section's reco
     kind = record_of(section)
     if kind is None:
         if not section.startswith("published."):
-            raise KeyError(nearest(section, [*records, "arm.<name>", "model.<name>"], "section"))
+            raise KeyError(nearest(section, [*records, "arm.<name>", "model.<name>", "teacher.<name>"], "section"))
         return {key: published(value) for key, value in values.items()}
     hints = get_type_hints(kind)
     given = {"name": section.split(".", 1)[1], **values} if kind is Arm else values
@@ -428,3 +453,10 @@ def check_design(settings: Settings) -> None:
     for key, names in asdict(design).items():
         if not names or len(set(names)) < len(names):
             raise ValueError(f"geometry.design.{key} = {', '.join(map(str, names)) or 'nothing'}: name each once, and at least one")
+    taught = settings["geometry.traces"].teachers
+    known = ["rules", *(s.split(".", 1)[1] for s in settings.sections if s.startswith("teacher."))]
+    for name in taught:
+        if name not in known:
+            raise KeyError(f"geometry.traces.teachers: {nearest(name, known, 'teacher')}")
+    if not taught or len(set(taught)) < len(taught):
+        raise ValueError(f"geometry.traces.teachers = {', '.join(taught) or 'nobody'}: name each once, and at least one")

@@ -27,7 +27,7 @@ class Stage:
 
     name: str
     levels: tuple[str, ...] = ()  # of "model", "arm", "seed": one run for each combination
-    reads: tuple[str, ...] = ()  # settings sections; {model}, {arm}, {study} are filled in, {arms} gives one for each arm
+    reads: tuple[str, ...] = ()  # settings sections; {model}, {arm}, {study} are filled in, {arms}, {teachers} give one for each
     inputs: tuple[str, ...] = ()  # stages needed first; "sft|base_model" takes the first that this arm has
     only: str = ""  # field of Arm: arms where it is empty skip the stage
     report: bool = False  # collects everything: its folder has no levels, and figures are its product
@@ -145,8 +145,11 @@ class Plan:
 
     def reads(self, job: Job) -> Settings:
         "The settings that `job` declared."
-        arms = self.settings["geometry.design"].arms
-        patterns = [n.replace("{arms}", a) for n in self.stages[job.stage].reads for a in (arms if "{arms}" in n else arms[:1])]
+        many = {"{arms}": self.settings["geometry.design"].arms, "{teachers}": [t for t in self.settings["geometry.traces"].teachers if t != "rules"]}
+        patterns = []
+        for name in self.stages[job.stage].reads:
+            each = next((key for key in many if key in name), None)
+            patterns += [name.replace(each, one) for one in many[each]] if each else [name]
         return self.settings.only([n.format(model=job.model, arm=job.arm, study=job.study) for n in patterns])
 
     def run_file(self, job: Job) -> Path:

@@ -52,9 +52,6 @@ def show(plan: Plan) -> str:
         source = getattr(record, "source", "scratch")
         if source != "scratch" and section.startswith((f"{plan.study}.", "model.")):
             lines.append(f"  needs a download: {section}.source = {source} (accept its licence where it is gated)")
-    teachers = plan.settings["geometry.traces"].teachers
-    if plan.study == "geometry" and teachers != ("rules",):
-        lines.append(f"  needs live teachers, which are not available yet: {', '.join(teachers)}")
     return "\n".join(lines)
 
 # %% ../../nbs/flow/15_study.ipynb #59740801

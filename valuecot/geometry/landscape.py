@@ -17,9 +17,10 @@ from ..curvature.krylov import coefficients
 from ..curvature.plane import three_point_curvature
 from ..flow.plan import Stage
 from ..flow.run import finish
-from ..store import Journal, digest, load_tensors, read_json, read_records, save_tensors, write_json
+from ..store import Journal, digest, load_tensors, read_json, save_tensors, write_json
+from ..teacher.asked import read_traces
 from ..training.models import fix, load_model, targets
-from ..types import Landscape, Prompt, Run, Spectrum, Trace
+from ..types import Landscape, Run, Spectrum
 
 # %% auto #0
 __all__ = ['stage', 'checks', 'surface', 'run_landscape']
@@ -58,8 +59,7 @@ def surface(H: LossHessian, vectors: torch.Tensor, axis: torch.Tensor, place: Pa
 def run_landscape(run: Run) -> dict[str, Landscape]:  # "subset0", "subset1"
     "Both surfaces of one checkpoint, on the family's range."
     arm, settings, device = run.settings[f"arm.{run.arm}"], run.settings["geometry.landscape"], str(fix(run.seed))
-    prompts = read_records(run.inputs["prompts/all/all/all"] / "prompts.jsonl", Prompt)
-    traces = read_records(run.inputs["traces/all/all/all"] / "traces.jsonl", Trace)
+    prompts, traces = read_traces(run.inputs["prompts/all/all/all"], run.inputs["traces/all/all/all"])
     cell = f"{run.model}/{run.arm}/seed{run.seed}"
     model, tokenizer = load_model(run.inputs[f"grpo/{cell}"] / "model", device)
     spectrum = load_tensors(run.inputs[f"spectrum/{cell}"] / "subset0.safetensors", Spectrum)

@@ -14,6 +14,7 @@ from ..flow.plan import Stage
 from ..flow.run import finish
 from ..stats import binned, mean_se
 from ..store import load_tensors, read_json, read_records, write_text
+from ..teacher.asked import read_traces
 from ..types import Landscape, Prompt, Rollout, Run, Trace
 from ..view.curves import training_curves
 from ..view.landscapes import contours, surfaces
@@ -176,8 +177,7 @@ def sample_table(run: Run) -> pd.DataFrame:
 # %% ../../nbs/geometry/90_report.ipynb #ca84d3db
 def table_3(run: Run) -> tuple[Prompt, list[Trace]]:
     "One held-out prompt with both of its traces."
-    prompts = read_records(run.inputs["prompts/all/all/all"] / "prompts.jsonl", Prompt)
-    traces = read_records(run.inputs["traces/all/all/all"] / "traces.jsonl", Trace)
+    prompts, traces = read_traces(run.inputs["prompts/all/all/all"], run.inputs["traces/all/all/all"])
     prompt = min((p for p in prompts if p.split == "heldout"), key=lambda p: p.id)
     return prompt, [t for t in traces if t.prompt_id == prompt.id]
 

@@ -11,9 +11,10 @@ from ..curvature.peers import pyhessian_eigenpairs
 from ..flow.plan import Stage
 from ..flow.run import finish
 from ..settings import Hessian
-from ..store import read_records, save_tensors, write_json
+from ..store import save_tensors, write_json
+from ..teacher.asked import read_traces
 from ..training.models import fix, load_model, targets
-from ..types import Prompt, Run, Spectrum, Trace
+from ..types import Run, Spectrum
 
 # %% auto #0
 __all__ = ['stage', 'row', 'measure_subset', 'run_spectrum']
@@ -45,8 +46,7 @@ def measure_subset(model, examples: list, settings: Hessian, subset: int) -> tup
 def run_spectrum(run: Run) -> list[dict]:  # rows of the table
     "Measure one checkpoint on every subset."
     arm, settings, device = run.settings[f"arm.{run.arm}"], run.settings["geometry.hessian"], str(fix(run.seed))
-    prompts = read_records(run.inputs["prompts/all/all/all"] / "prompts.jsonl", Prompt)
-    traces = read_records(run.inputs["traces/all/all/all"] / "traces.jsonl", Trace)
+    prompts, traces = read_traces(run.inputs["prompts/all/all/all"], run.inputs["traces/all/all/all"])
     model, tokenizer = load_model(run.inputs[f"grpo/{run.model}/{run.arm}/seed{run.seed}"] / "model", device)
     rows, tokens = [], {}
     for subset in sorted({p.subset for p in prompts} - {-1}):

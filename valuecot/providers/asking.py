@@ -82,7 +82,8 @@ class Live:
     def refused(self, status: int, after: str | None, text: str) -> Failed:
         again = status in (408, 409, 429) or status >= 500
         said = " ".join(text.split())[:200]
-        return Failed(str(status) if again else f"{status} {said.replace(self.key, '[key]') if self.key else said}", again, seconds(after))
+        reason = str(status) if again else f"{status} {said.replace(self.key, '[key]') if self.key else said}"
+        return Failed(reason, again, seconds(after), lasting=status in (400, 413, 422))
 
     async def close(self) -> None:
         if self.session is not None:
@@ -142,7 +143,7 @@ async def ask_one(request: Request, backend: Backend, cache: Cache, gate: asynci
             return reply
         except Failed as error:
             if not error.again or tried == policy.tries:
-                return Failure(request.key, error.reason, tried)
+                return Failure(request.key, error.reason, tried, error.lasting)
             await asyncio.sleep(policy.wait(tried, error.wait))
 
 # %% ../../nbs/providers/18_asking.ipynb #718c4d1e-2
@@ -160,7 +161,7 @@ class Tally:
 
 async def ask_all(
     requests: Iterable[Request],
-    backends: dict[str, Backend],  # by provider
+    backends: dict[str, Backend],  # by provider/model
     cache: Cache,
     policy: Policy | None = None,
     progress: bool = False,  # a bar on stderr: done, failed, dollars, time left
@@ -180,12 +181,12 @@ async def ask_all(
                 tally.repeated += 1
             elif stop.is_set():
                 tally.unasked += 1
-            elif request.provider not in backends:
-                tally.failures.append(Failure(request.key, f"nobody to ask: {request.provider} is not available, and the reply is not in the cache", 0))
+            elif request.who not in backends:
+                tally.failures.append(Failure(request.key, f"nobody to ask: {request.who} is not available, and the reply is not in the cache", 0, False))
             else:
                 flying.add(request.key)
                 try:
-                    ended = await ask_one(request, backends[request.provider], cache, gates[request.provider], policy)
+                    ended = await ask_one(request, backends[request.who], cache, gates[request.who], policy)
                     if isinstance(ended, Failure):
                         tally.failures.append(ended)
                     else:

@@ -41,6 +41,11 @@ class Request(Shown):
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens = {self.max_tokens} leaves no room for a reply")
 
+    @property
+    def who(self) -> str:
+        "Provider and model."
+        return f"{self.provider}/{self.model}"
+
     @cached_property
     def text(self) -> str:
         "The one JSON text of this question."
@@ -88,9 +93,10 @@ class Failed(Exception):
         again: bool = False,
         wait: float | None = None,  # seconds that the provider asks to wait
         billed: bool = False,  # the provider may have answered and charged all the same
+        lasting: bool = False,  # it lies in the question
     ):
         super().__init__(reason)
-        self.reason, self.again, self.wait, self.billed = reason, again, wait, billed
+        self.reason, self.again, self.wait, self.billed, self.lasting = reason, again, wait, billed, lasting
 
 
 @dataclass(frozen=True)
@@ -100,3 +106,4 @@ class Failure(Shown):
     key: str
     reason: str
     tries: int
+    lasting: bool  # it lies in the question: asking again another day would not help

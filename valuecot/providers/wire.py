@@ -71,7 +71,7 @@ def google_body(request: Request) -> dict:
 def reply_of(text: str | None, model: str, usage: tuple[int, int], finish: str) -> Reply:
     "A reply with words in it."
     if not text or not text.strip():
-        raise Failed(f"empty reply ({finish or 'no reason given'})", billed=True)
+        raise Failed(f"empty reply ({finish or 'no reason given'})", billed=True, lasting=True)
     return Reply(text, model, *usage, finish)
 
 
@@ -79,7 +79,7 @@ def openai_reply(body: dict) -> Reply:
     "Of OpenAI, and of servers that speak like it."
     choice, usage = body["choices"][0], body["usage"]
     if choice["message"].get("refusal"):
-        raise Failed("refusal", billed=True)
+        raise Failed("refusal", billed=True, lasting=True)
     return reply_of(choice["message"].get("content"), body["model"], (usage["prompt_tokens"], usage["completion_tokens"]), choice["finish_reason"])
 
 
@@ -87,7 +87,7 @@ def anthropic_reply(body: dict) -> Reply:
     "Of Anthropic; tokens read from or written to its own cache count as input."
     usage, finish = body["usage"], {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length"}
     if body["stop_reason"] == "refusal":
-        raise Failed("refusal", billed=True)
+        raise Failed("refusal", billed=True, lasting=True)
     taken = usage["input_tokens"] + (usage.get("cache_creation_input_tokens") or 0) + (usage.get("cache_read_input_tokens") or 0)
     text = "".join(part["text"] for part in body["content"] if part["type"] == "text")
     return reply_of(text, body["model"], (taken, usage["output_tokens"]), finish.get(body["stop_reason"], body["stop_reason"]))
@@ -98,7 +98,7 @@ def google_reply(body: dict) -> Reply:
     usage = body["usageMetadata"]
     spent = usage["promptTokenCount"], usage.get("candidatesTokenCount", 0) + usage.get("thoughtsTokenCount", 0)
     if not body.get("candidates"):
-        raise Failed(f"refusal ({body.get('promptFeedback', {}).get('blockReason', 'no candidates')})", billed=True)
+        raise Failed(f"refusal ({body.get('promptFeedback', {}).get('blockReason', 'no candidates')})", billed=True, lasting=True)
     first = body["candidates"][0]
     parts = first.get("content", {}).get("parts", [])
     text = "".join(part.get("text", "") for part in parts if not part.get("thought"))

@@ -8,7 +8,7 @@ __all__ = ['stage', 'sft_rows', 'run_sft']
 # %% ../../nbs/stages/20_sft.ipynb #bf47b4e8
 from ..flow.plan import Stage
 from ..flow.run import finish
-from ..store import read_records
+from ..teacher.asked import read_traces
 from ..training.models import conversation, fix, load_model, parameter_count, save_model
 from ..training.sft import history_rows, save_history, train_sft
 from ..types import Checkpoint, Prompt, Run, Trace
@@ -29,8 +29,7 @@ def sft_rows(prompts: list[Prompt], traces: list[Trace], style: str, thinking: b
 def run_sft(run: Run) -> Checkpoint:
     "Fine-tune the base model on one arm's traces."
     arm, settings, device = run.settings[f"arm.{run.arm}"], run.settings[f"{run.study}.sft"], str(fix(run.seed))
-    prompts = read_records(run.inputs["prompts/all/all/all"] / "prompts.jsonl", Prompt)
-    traces = read_records(run.inputs["traces/all/all/all"] / "traces.jsonl", Trace)
+    prompts, traces = read_traces(run.inputs["prompts/all/all/all"], run.inputs["traces/all/all/all"])
     model, tokenizer = load_model(run.inputs[f"base_model/{run.model}/all/all"] / "model", device)
     rows = sft_rows(prompts, traces, arm.sft, arm.thinking)
     log = train_sft(model, tokenizer, rows, settings, run.seed, run.out / "trainer", device)

@@ -8,17 +8,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..providers.asking import Backend, Policy, Tally, ask
 from ..providers.cache import Cache
 from ..providers.requests import Reply, Request
 from ..providers.structured import Malformed, asked_again, read
+from ..store import read_records
 from .schemas import SCHEMAS, as_trace
 from .templates import request as wording
 from ..types import Prompt, Shown, Trace
 
 # %% auto #0
-__all__ = ['Desk', 'Quarantined', 'Wanted', 'wanted', 'judge', 'collect', 'by_reason']
+__all__ = ['Desk', 'Quarantined', 'Wanted', 'wanted', 'judge', 'Collected', 'collect', 'by_reason', 'with_traces', 'read_traces']
 
 # %% ../../nbs/teacher/44_asked.ipynb #fd8fb3a5
 @dataclass(frozen=True)
@@ -77,13 +79,23 @@ def judge(want: Wanted, cache: Cache) -> tuple[Trace | None, Reply | None, Malfo
         return None, reply, error
 
 
+@dataclass(frozen=True)
+class Collected:
+    "What came of all wanted traces: each is in one of the two lists, or its question failed for a reason that may pass, or was not asked."
+
+    traces: list[Trace]
+    aside: list[Quarantined]
+    tally: Tally
+    keys: tuple[str, ...]  # of the questions whose replies these are
+
+
 def collect(
     wants: list[Wanted],
-    backends: dict[str, Backend],  # by provider; none: the cache alone
+    backends: dict[str, Backend],  # by provider/model; none: the cache alone
     cache: Cache,
     policy: Policy | None = None,
     progress: bool = False,
-) -> tuple[list[Trace], list[Quarantined], Tally]:  # every wanted trace is in one of the two, unless the cap was reached
+) -> Collected:
     "Ask, read, ask once more, and put aside."
     first = ask((w.request for w in wants), backends, cache, policy, progress, len(wants))
     again = {}
@@ -92,7 +104,8 @@ def collect(
         if error:
             again[place] = Wanted(want.prompt, want.style, want.desk, asked_again(want.request, reply, error))
     second = ask((w.request for w in again.values()), backends, cache, policy, progress, len(again))
-    reasons = {f.key: f.reason for f in first.failures + second.failures}
+    failed = first.failures + second.failures
+    reasons = {f.key: f.reason for f in failed if f.lasting}
     traces, aside = [], []
     for place, want in enumerate(wants):
         last = again.get(place, want)
@@ -101,11 +114,24 @@ def collect(
             traces.append(trace)
         elif error or last.request.key in reasons:
             aside.append(Quarantined(want.prompt.id, want.style, want.desk.name, str(error or reasons[last.request.key]), reply.text if reply else ""))
-    tally = Tally(first.known, first.repeated, first.replied + second.replied, first.failures + second.failures, first.unasked + second.unasked, second.usd)
-    return traces, aside, tally
+    tally = Tally(first.known, first.repeated, first.replied + second.replied, [f for f in failed if not f.lasting], first.unasked + second.unasked, second.usd)
+    keys = [w.request.key for w in (*wants, *again.values())]
+    return Collected(traces, aside, tally, tuple(dict.fromkeys(keys)))
 
 
 def by_reason(aside: list[Quarantined]) -> list[dict[str, object]]:  # rows: teacher, style, reason, count
     "Quarantine counted."
     found = Counter((q.teacher, q.style, q.reason.split(":")[0][:60]) for q in aside)
     return [{"teacher": a, "style": b, "reason": c, "count": n} for (a, b, c), n in sorted(found.items())]
+
+# %% ../../nbs/teacher/44_asked.ipynb #6624c854
+def with_traces(prompts: list[Prompt], traces: list[Trace], aside: list[Quarantined]) -> tuple[list[Prompt], list[Trace]]:
+    "Prompts and traces without those of which any trace was put aside."
+    lost = {q.prompt_id for q in aside}
+    return [p for p in prompts if p.id not in lost], [t for t in traces if t.prompt_id not in lost]
+
+
+def read_traces(prompts_folder: Path, traces_folder: Path) -> tuple[list[Prompt], list[Trace]]:
+    "What the stages prompts and traces left, without what was put aside."
+    prompts, traces = read_records(prompts_folder / "prompts.jsonl", Prompt), read_records(traces_folder / "traces.jsonl", Trace)
+    return with_traces(prompts, traces, read_records(traces_folder / "quarantine.jsonl", Quarantined))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import re
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from ..data.details import details
 from .styles import STYLES, assemble, disassemble, style
@@ -16,7 +16,7 @@ from ..types import Prompt, Trace
 # %% auto #0
 __all__ = ['VALUES', 'PRINCIPLES', 'EXPLORE', 'COOL', 'CONVERGE', 'REASON', 'ROLES', 'RESPONSES', 'WORDS', 'VERDICT', 'Value',
            'value', 'in_order', 'choose', 'fillings', 'sentence', 'Line', 'draft', 'fit', 'write_phases', 'write_trace',
-           'quoted', 'check_trace', 'Teacher', 'RuleTeacher', 'teacher']
+           'quoted', 'check_trace', 'RuleTeacher']
 
 # %% ../../nbs/teacher/42_rules.ipynb #f25ea282
 class Value(NamedTuple):
@@ -320,14 +320,6 @@ def check_trace(
     return found
 
 # %% ../../nbs/teacher/42_rules.ipynb #983fceb9
-class Teacher(Protocol):
-    "Anyone who can write a trace."
-
-    name: str
-
-    def trace(self, prompt: Prompt, style: str) -> Trace: ...
-
-
 class RuleTeacher:
     "The offline teacher of this notebook."
 
@@ -343,14 +335,3 @@ class RuleTeacher:
     def trace(self, prompt: Prompt, style: str) -> Trace:
         "A trace by rules."
         return write_trace(prompt, style, self.words, self.seed)
-
-# %% ../../nbs/teacher/42_rules.ipynb #22581954
-def teacher(
-    name: str,
-    words: int = 70,
-    seed: int = 0,
-) -> Teacher:
-    "The teacher called `name`."
-    if name != RuleTeacher.name:
-        raise ValueError(f'teacher {name!r}: live teachers are not available yet, set geometry.traces.teachers to "{RuleTeacher.name}"')
-    return RuleTeacher(words, seed)
