@@ -1,5 +1,6 @@
 "Traces: styles, requests, and the offline teacher."
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import pytest
 from valuecot.data.conflictscope import load_folder
 from valuecot.data.world import generate
 from valuecot.teacher import rules, styles, templates
+from valuecot.teacher.controls import controls, derive
 from valuecot.teacher.rules import check_trace, write_trace
 from valuecot.teacher.styles import Style, assemble, disassemble
-from valuecot.types import Prompt
+from valuecot.types import Prompt, Trace
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "conflictscope"
 PHASES = ("Explore 'a b'.\n\nMore.", "Weigh it.", "Do it.")
@@ -65,9 +67,9 @@ def test_unknown_styles_name_the_nearest(name, near):
 
 
 def test_an_entry_is_enough_for_a_new_style(monkeypatch):
-    monkeypatch.setitem(styles.STYLES, "reversed", Style("reversed", ("converge", "cool", "explore"), ("Act", "Weigh", "Look")))
+    monkeypatch.setitem(styles.STYLES, "backwards", Style("backwards", ("converge", "cool", "explore"), ("Act", "Weigh", "Look")))
     prompt = generate(1, seed=0)[0]
-    trace = write_trace(prompt, "reversed", 60, seed=0)
+    trace = write_trace(prompt, "backwards", 60, seed=0)
     assert trace.reasoning.startswith("Act: ") and check_trace(prompt, trace, 60) == []
 
 
@@ -154,7 +156,7 @@ ODD = [
 @pytest.mark.parametrize("text", ODD)
 def test_odd_texts_do_not_break_a_trace(text):
     prompt = Prompt("x", text, "mine", "care", "privacy", "cc")
-    for name in styles.STYLES:
+    for name in styles.ASKED:
         found = check_trace(prompt, write_trace(prompt, name, 60, seed=0), 60)
         assert found == [] or (text.startswith("word") and "details" in found[0])  # one word repeated has one detail
 
@@ -232,3 +234,52 @@ def test_the_order_of_values_does_not_depend_on_how_they_are_given():
         for b in rules.VALUES:
             assert rules.in_order(a, b) == rules.in_order(b, a)
     assert all(len(v.name.split()) <= 3 for v in rules.VALUES.values())
+
+
+# ------------------------------------------------------------------------- controls
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return [{s: rules.write_trace(p, s, 60, 0) for s in ("standard", "annealing")} for p in generate(60, seed=0)]
+
+
+@pytest.mark.parametrize("name", [s.name for s in styles.STYLES.values() if s.of])
+def test_a_control_keeps_what_it_says_and_no_more(pairs, name):
+    changed = 0
+    for sources in pairs:
+        trace = derive(name, sources)
+        assert trace is not None and trace == derive(name, sources), "made the same way every time"
+        source = sources[styles.STYLES[name].of[0]]
+        assert disassemble(name, trace.reasoning) == trace.phases and (trace.response, trace.prompt_id, trace.teacher) == (source.response, source.prompt_id, source.teacher)
+        ours, theirs = (sorted(" ".join(t.phases).split()) for t in (trace, source))
+        if name in ("matched", "final"):
+            assert not list((Counter(ours) - Counter(theirs)).elements()), "nothing is invented"
+        else:
+            assert ours == theirs
+        changed += trace.reasoning != source.reasoning
+    assert changed > len(pairs) / 2 or name == "matched"  # the rules teacher's pairs have equal lengths already
+
+
+def test_a_longer_standard_is_shortened_and_a_shorter_one_is_named(pairs):
+    prompts = generate(40, seed=3)
+    for p in prompts:
+        annealing = rules.write_trace(p, "annealing", 60, 0)
+        long, short = rules.write_trace(p, "standard", 110, 0), rules.write_trace(p, "standard", 40, 0)
+        trace = derive("matched", {"standard": long, "annealing": annealing})
+        assert abs(styles.length(trace.phases) - styles.length(annealing.phases)) <= 0.1 * styles.length(annealing.phases)
+        assert trace.phases[0].startswith(styles.sentences(long.phases[0])[0]) and trace.phases[0].endswith(styles.sentences(long.phases[0])[-1])
+        assert derive("matched", {"standard": short, "annealing": annealing}) is None
+    made, lost = controls([short, annealing])
+    assert [q.style for q in lost] == ["matched"] and "no matched form" in lost[0].reason and len(made) == 5
+
+
+def test_a_text_of_two_sentences_has_no_thirds():
+    trace = Trace("p", "standard", "somebody", "a", "b", ("One thing. Another.",), "One thing. Another.", "Do it.")
+    made, lost = controls([trace])
+    assert not made and [q.style for q in lost] == ["headers"]
+
+
+def test_every_order_but_the_right_one_comes_up(pairs):
+    seen = {tuple(sources["annealing"].phases.index(p) for p in derive("shuffled", sources).phases) for sources in pairs}
+    assert len(seen) == 5 and (0, 1, 2) not in seen

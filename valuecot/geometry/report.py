@@ -15,6 +15,7 @@ from ..flow.run import finish
 from ..stats import binned, mean_se
 from ..store import load_tensors, read_json, read_records, write_text
 from ..teacher.asked import read_traces
+from ..teacher.styles import ASKED
 from ..types import Landscape, Prompt, Rollout, Run, Trace
 from ..view.curves import training_curves
 from ..view.landscapes import contours, surfaces
@@ -179,7 +180,7 @@ def table_3(run: Run) -> tuple[Prompt, list[Trace]]:
     "One held-out prompt with both of its traces."
     prompts, traces = read_traces(run.inputs["prompts/all/all/all"], run.inputs["traces/all/all/all"])
     prompt = min((p for p in prompts if p.split == "heldout"), key=lambda p: p.id)
-    return prompt, [t for t in traces if t.prompt_id == prompt.id]
+    return prompt, [t for t in traces if t.prompt_id == prompt.id and t.style in ASKED]
 
 
 def table_4(run: Run, model: str, n: int = 3) -> list[tuple[Prompt, dict[str, Rollout]]]:

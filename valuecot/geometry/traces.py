@@ -14,7 +14,8 @@ from ..providers.asking import Policy, Tally
 from ..providers.cache import Cache, export_replies, import_replies
 from ..settings import outputs, root
 from ..store import read_records, write_json, write_records
-from ..teacher.asked import Collected, Quarantined, by_reason, collect, wanted
+from ..teacher.asked import Collected, by_reason, collect, wanted
+from ..teacher.controls import controls
 from ..teacher.desks import assigned, backends, desk_of
 from ..teacher.rules import RuleTeacher, check_trace
 from ..teacher.templates import read_templates
@@ -81,7 +82,10 @@ def run_traces(run: Run) -> list[Trace]:
     traces = sorted(by_rules(ours, settings.words) + found.traces, key=lambda t: (order[t.prompt_id], styles.index(t.style)))
     write_records(run.out / "traces.jsonl", traces)
     write_records(run.out / "quarantine.jsonl", found.aside)
+    made, lost = controls(traces)
+    write_records(run.out / "controls.jsonl", made)
     problems = audit(prompts, traces, settings.words)
     write_json(run.out / "audit.json", problems)
-    finish(run, {"prompts": len(prompts), "traces": len(traces), "quarantined": len(found.aside), "problems": sum(p["count"] for p in problems)})
+    write_json(run.out / "quarantine.json", by_reason(found.aside))
+    finish(run, {"prompts": len(prompts), "traces": len(traces), "quarantined": len(found.aside), "controls": len(made), "controls that could not be made": len(lost), "problems": sum(p["count"] for p in problems)})
     return traces

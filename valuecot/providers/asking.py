@@ -34,9 +34,11 @@ class Backend(Protocol):
     connections: int  # questions in flight at most
     price: Price
 
-    async def ask(self, request: Request) -> Reply: ...  # or raise Failed
+    async def ask(self, request: Request) -> Reply:  # or raise Failed
+        ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        ...
 
 
 class Live:

@@ -133,5 +133,6 @@ def with_traces(prompts: list[Prompt], traces: list[Trace], aside: list[Quaranti
 
 def read_traces(prompts_folder: Path, traces_folder: Path) -> tuple[list[Prompt], list[Trace]]:
     "What the stages prompts and traces left, without what was put aside."
-    prompts, traces = read_records(prompts_folder / "prompts.jsonl", Prompt), read_records(traces_folder / "traces.jsonl", Trace)
+    prompts = read_records(prompts_folder / "prompts.jsonl", Prompt)
+    traces = [t for name in ("traces.jsonl", "controls.jsonl") for t in read_records(traces_folder / name, Trace)]
     return with_traces(prompts, traces, read_records(traces_folder / "quarantine.jsonl", Quarantined))

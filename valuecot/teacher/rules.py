@@ -10,7 +10,7 @@ import re
 from typing import NamedTuple
 
 from ..data.details import details
-from .styles import STYLES, assemble, disassemble, style
+from .styles import ASKED, STYLES, assemble, disassemble, style
 from ..types import Prompt, Trace
 
 # %% auto #0

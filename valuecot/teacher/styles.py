@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import difflib
+import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 # %% auto #0
-__all__ = ['STYLES', 'Style', 'style', 'marked', 'assemble', 'disassemble']
+__all__ = ['TOLERANCE', 'TEMPERATURES', 'STYLES', 'ASKED', 'Style', 'sentences', 'length', 'mixed', 'thirds', 'shortened',
+           'style', 'marked', 'assemble', 'disassemble']
 
 # %% ../../nbs/teacher/40_styles.ipynb #b4cea3e6
 @dataclass(frozen=True)
@@ -20,6 +23,9 @@ class Style:
     name: str
     roles: tuple[str, ...]  # what each phase does
     headers: tuple[str, ...]  # what marks each phase; "" for no mark
+    of: tuple[str, ...] = ()  # styles it is made from; none: a teacher is asked for it
+    rule: Callable[..., tuple[str, ...] | None] | None = None  # (their phases, random) -> phases; None where it cannot be made
+    asks: str = ""  # the question that a control answers
 
     @property
     def pattern(self) -> re.Pattern[str]:
@@ -27,14 +33,65 @@ class Style:
         blocks = (re.escape(f"{h}:" if h else "") + r"\s*(\S.*?)\s*" for h in self.headers)
         return re.compile(r"\s*" + r"\n\s*\n".join(blocks), re.DOTALL)
 
+# %% ../../nbs/teacher/40_styles.ipynb #df94fc43
+def sentences(text: str) -> list[str]:
+    "Sentences of a text."
+    return re.split(r"(?<=[.?!])\s+", text.strip())
+
+
+def length(phases: tuple[str, ...]) -> int:  # words
+    "Words of all phases, headers not counted."
+    return sum(len(p.split()) for p in phases)
+
+
+def mixed(phases: tuple[str, ...], rng: random.Random) -> tuple[str, ...]:
+    "Phases in another order."
+    orders = [(0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
+    return tuple(phases[i] for i in rng.choice(orders))
+
+
+def thirds(phases: tuple[str, ...], rng: random.Random) -> tuple[str, ...] | None:
+    "One text in three parts of about equal length, cut between sentences."
+    parts, total = sentences(phases[0]), length(phases)
+    if len(parts) < 3:
+        return None
+    ends, seen, cuts = [], 0, []
+    for part in parts:
+        seen += len(part.split())
+        ends.append(seen)
+    for share in (1, 2):  # after the sentence that ends nearest to a third, two thirds, of the words
+        left = range(cuts[-1] + 1 if cuts else 0, len(parts) - (3 - share))
+        cuts.append(min(left, key=lambda i: abs(ends[i] - share * total / 3)))
+    return " ".join(parts[: cuts[0] + 1]), " ".join(parts[cuts[0] + 1 : cuts[1] + 1]), " ".join(parts[cuts[1] + 1 :])
+
+
+TOLERANCE = 0.1  # of the words, within which two lengths count as equal
+
+
+def shortened(phases: tuple[str, ...], model: tuple[str, ...], rng: random.Random) -> tuple[str, ...] | None:
+    "One text as long as the phases of `model`: inner sentences are left out where it is longer."
+    parts, target = sentences(phases[0]), length(model)
+    while length((" ".join(parts),)) > target * (1 + TOLERANCE / 2) and len(parts) > 2:
+        over = length((" ".join(parts),)) - target
+        del parts[min(range(1, len(parts) - 1), key=lambda i: abs(len(parts[i].split()) - over))]
+    return (" ".join(parts),) if abs(length((" ".join(parts),)) - target) <= TOLERANCE * target else None
+
 # %% ../../nbs/teacher/40_styles.ipynb #54e54ffb
+TEMPERATURES = "Phase 1 (High Temp)", "Phase 2 (Cooling)", "Phase 3 (Low Temp)"
 STYLES = {
     style.name: style
     for style in (
         Style("standard", ("reason",), ("",)),
-        Style("annealing", ("explore", "cool", "converge"), ("Phase 1 (High Temp)", "Phase 2 (Cooling)", "Phase 3 (Low Temp)")),
+        Style("annealing", ("explore", "cool", "converge"), TEMPERATURES),
+        Style("reversed", ("converge", "cool", "explore"), ("Phase 1 (Low Temp)", "Phase 2 (Cooling)", "Phase 3 (High Temp)"), ("annealing",), lambda a, rng: a[::-1], "does the direction matter?"),
+        Style("shuffled", ("any", "any", "any"), TEMPERATURES, ("annealing",), mixed, "must a phase hold what its header says?"),
+        Style("neutral", ("explore", "cool", "converge"), ("Section 1", "Section 2", "Section 3"), ("annealing",), lambda a, rng: a, "do the words about temperature matter?"),
+        Style("headers", ("any", "any", "any"), TEMPERATURES, ("standard",), thirds, "do headers alone do it, on a standard text?"),
+        Style("matched", ("reason",), ("",), ("standard", "annealing"), shortened, "is it length?"),
+        Style("final", ("converge",), ("",), ("annealing",), lambda a, rng: a[-1:], "is it the conclusion alone?"),
     )
 }
+ASKED = tuple(name for name, s in STYLES.items() if not s.of)
 
 
 def style(
