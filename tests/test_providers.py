@@ -232,6 +232,50 @@ def test_a_limit_per_minute_is_kept(cache):
     assert time.monotonic() - start > 1.5
 
 
+class Broken:
+    "A backend with a mistake of its own."
+
+    connections, price = 4, PRICE
+
+    async def ask(self, request):
+        if request.messages[0][1].startswith("Question 3"):
+            raise ZeroDivisionError("of its own making")
+        return Reply("fine", "m", 1, 1, "stop")
+
+    async def close(self):
+        pass
+
+
+def test_a_mistake_in_a_backend_ends_one_question_and_not_the_batch(cache):
+    tally = asyncio.run(ask_all(questions(20), {"server/m": Broken()}, cache, QUICK))
+    assert tally.replied == 19 and [f.reason for f in tally.failures] == ["ZeroDivisionError: of its own making"] and not tally.failures[0].lasting
+    assert cache.ledger()[0]["failures"] == {"ZeroDivisionError": 1}
+
+
+def test_a_wait_that_was_given_up_does_not_stop_the_writer(cache):
+    for i in range(50):
+        cache.keep(questions(1, sample=i)[0], Reply("a", "m", 1, 1, "stop"), "live").cancel()
+    assert cache.keep(questions(1, sample=99)[0], Reply("a", "m", 1, 1, "stop"), "live").result(timeout=10)[0] == 1
+    assert cache.db.execute("SELECT COUNT(*) FROM replies").fetchone() == (51,), "a reply is written also where nobody waits for it"
+
+
+def test_a_run_that_is_stopped_keeps_what_came(cache):
+    "Ctrl-C: in-flight questions stay in the ledger, replies on disk."
+
+    async def run():
+        work = asyncio.create_task(ask_all(questions(400), {"server/m": Live("server", PRICE, f"{root}/v1", connections=8)}, cache, QUICK))
+        await asyncio.sleep(0.5)
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+
+    with server(latency=0.05) as (root, told):
+        asyncio.run(run())
+        kept = cache.db.execute("SELECT COUNT(*) FROM replies").fetchone()[0]
+        assert 0 < kept < 400 and cache.ledger()[0]["unanswered"] <= 8
+        assert ask(questions(400), root, cache).known == kept
+
+
 def test_nobody_to_ask(cache):
     tally = asyncio.run(ask_all(questions(2), {}, cache))
     assert len(tally.failures) == 2 and "not in the cache" in tally.failures[0].reason

@@ -127,6 +127,9 @@ async def one_try(request: Request, backend: Backend, cache: Cache, cap: int | N
     except Failed as error:
         cache.settle(send, error.reason.split(" ")[0], None if error.billed else 0)
         raise
+    except Exception as error:  # a backend's own mistake ends this question and not the batch
+        cache.settle(send, type(error).__name__, None)
+        raise Failed(f"{type(error).__name__}: {error}", billed=True) from error
     cache.settle(send, "reply", backend.price.of(reply), reply)
     return reply
 

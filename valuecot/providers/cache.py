@@ -76,6 +76,7 @@ class Writer(threading.Thread):
 
     @staticmethod
     def commit(db: sqlite3.Connection, jobs: list[tuple[Future, str, tuple]]) -> None:
+        waiting = [job.set_running_or_notify_cancel() for job, *_ in jobs]  # what was asked for is written, also where nobody waits any more
         try:
             db.execute("BEGIN IMMEDIATE")
             done = [(cursor.rowcount, cursor.lastrowid) for _, statement, values in jobs for cursor in [db.execute(statement, values)]]
@@ -83,11 +84,13 @@ class Writer(threading.Thread):
         except Exception as error:  # a full disk, a lock held for a minute: whoever waits is told
             if db.in_transaction:
                 db.execute("ROLLBACK")
-            for job, *_ in jobs:
-                job.set_exception(error)
+            for (job, *_), waits in zip(jobs, waiting, strict=True):
+                if waits:
+                    job.set_exception(error)
         else:
-            for (job, *_), result in zip(jobs, done, strict=True):
-                job.set_result(result)
+            for (job, *_), waits, result in zip(jobs, waiting, done, strict=True):
+                if waits:
+                    job.set_result(result)
 
 # %% ../../nbs/providers/15_cache.ipynb #0f302760
 class CapReached(Exception):
