@@ -68,15 +68,25 @@ def tests() -> dict[str, dict]:
     return {"tests": timed(["make", "test"])}
 
 
-def curvature() -> dict[str, dict]:
-    "Eigenpairs against other packages, by its own script: benchmarks/curvature.py writes the table."
+def script(name: str) -> dict[str, dict]:
+    "A benchmark of its own, which writes its own table."
     start = time.monotonic()
-    if subprocess.run([sys.executable, "benchmarks/curvature.py"], cwd=ROOT).returncode:
-        raise SystemExit("benchmarks/curvature.py failed")
-    return {"curvature": {"wall_s": round(time.monotonic() - start, 1)}}
+    if subprocess.run([sys.executable, f"benchmarks/{name}.py"], cwd=ROOT).returncode:
+        raise SystemExit(f"benchmarks/{name}.py failed")
+    return {name: {"wall_s": round(time.monotonic() - start, 1)}}
 
 
-PARTS = {"curvature": curvature, "imports": imports, "stages": stages, "tiny": tiny, "environment": environment, "tests": tests}
+def curvature() -> dict[str, dict]:
+    "Eigenpairs against other packages."
+    return script("curvature")
+
+
+def asking() -> dict[str, dict]:
+    "Questions per second over loopback."
+    return script("asking")
+
+
+PARTS = {"curvature": curvature, "asking": asking, "imports": imports, "stages": stages, "tiny": tiny, "environment": environment, "tests": tests}
 
 if __name__ == "__main__":
     chosen = sys.argv[1:] or list(PARTS)

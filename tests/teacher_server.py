@@ -16,6 +16,7 @@ from valuecot.teacher.rules import write_trace
 from valuecot.types import Prompt
 
 FAULTS = "rate_limited", "broken", "reset", "malformed", "hang", "truncated", "empty"
+PLAIN = "The same words for everyone. " * 40
 WRONG = (  # what a careless model writes instead of the object that was asked for
     lambda text: text[: len(text) // 2],
     lambda text: json.dumps({"answer": "I would rather talk about something else."}),
@@ -69,8 +70,8 @@ def google_answer(model: str, text: str, used: tuple[int, int]) -> dict:
 class Server:
     "Counts what arrives and what it answers."
 
-    def __init__(self, rates: dict[str, float], latency: float, seed: int):
-        self.rates, self.latency, self.seed = rates, latency, seed
+    def __init__(self, rates: dict[str, float], latency: float, seed: int, plain: bool = False):
+        self.rates, self.latency, self.seed, self.plain = rates, latency, seed, plain
         self.seen, self.counts, self.bodies, self.headers = Counter(), Counter(), [], []
 
     def fault(self, body: bytes) -> str | None:
@@ -85,7 +86,7 @@ class Server:
     def text(self, question: str, fault: str | None) -> str:
         if fault == "malformed":
             return WRONG[int(draw("wrong", question) * len(WRONG))](written(question))
-        return "" if fault == "empty" else written(question)
+        return "" if fault == "empty" else PLAIN if self.plain else written(question)
 
     async def answer(self, request: web.Request, model: str, question: str, form) -> web.StreamResponse:
         body = await request.read()
@@ -150,8 +151,9 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--plain", action="store_true", help="one fixed text, so that the server costs nothing")
     args = vars(parser.parse_args())
-    asyncio.run(serve(Server({name: args[name] for name in FAULTS}, args["latency"], args["seed"]), args["port"]))
+    asyncio.run(serve(Server({name: args[name] for name in FAULTS}, args["latency"], args["seed"], args["plain"]), args["port"]))
 
 
 if __name__ == "__main__":
