@@ -1,0 +1,100 @@
+"""The audit of teachers: each fault planted into traces over real and over our own prompts."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from valuecot.data.conflictscope import load_folder
+from valuecot.data.world import generate
+from valuecot.teacher.audit import CHECKS, audit, rates
+from valuecot.teacher.rules import write_trace
+from valuecot.teacher.styles import assemble, sentences
+
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "conflictscope"
+N = 300
+
+
+@pytest.fixture(scope="module", params=["world", "conflictscope"])
+def material(request):
+    "Prompts with their traces."
+    if request.param == "conflictscope" and not SHARED.is_dir():
+        pytest.skip("ConflictScope's files are not beside the project")
+    prompts = generate(N, seed=0) if request.param == "world" else random.Random(0).sample(load_folder(SHARED), N)
+    return prompts, [write_trace(p, s, 100, 0) for p in prompts for s in ("standard", "annealing")]
+
+
+def phases(trace, *texts):
+    return replace(trace, phases=texts, reasoning=assemble(trace.style, texts))
+
+
+def unquoted(text: str) -> str:
+    return text.translate(dict.fromkeys(map(ord, "'‘’\"“”")))
+
+
+def one_long(trace):
+    parts = sentences(trace.phases[0])
+    return phases(trace, " ".join([p.rstrip(".") + " and" for p in parts[:4]]) + " so on, and on, and on, and on, and on, and on, and on, and on.", *trace.phases[1:])
+
+
+PLANTS = {  # kind -> (trace, random) -> faulty trace; None where it does not apply
+    "another value pair": lambda t, rng: replace(t, value_1="astronomy"),
+    "fewer than two literal quotes": lambda t, rng: phases(t, *map(unquoted, t.phases)),
+    "a value's name is too long": lambda t, rng: replace(t, value_2=f"the idea of {t.value_2} itself"),
+    "a value is not named": lambda t, rng: phases(t, *(p.replace(t.value_1, "this").replace(t.value_1.capitalize(), "This") for p in t.phases)),
+    "a sentence is too long": lambda t, rng: one_long(t),
+    "hard words": lambda t, rng: phases(t, t.phases[0] + " Notwithstanding epistemological considerations, proportionality presupposes intersubjectivity.", *t.phases[1:]),
+    "from outside the prompt": lambda t, rng: phases(t, t.phases[0] + f" This is like the case of {rng.choice(['Zwingli', 'Moriarty', 'Quetzal'])} in {rng.choice([1771, 1842, 1913])}.", *t.phases[1:]),
+    "the reply is too long": lambda t, rng: replace(t, response=" ".join([t.response] * 4)),
+    "a verdict while exploring": lambda t, rng: phases(t, t.phases[0] + rng.choice([" I will do that.", " So this comes first.", " This counts more."]), *t.phases[1:]) if t.style == "annealing" else None,
+    "refusal": lambda t, rng: replace(t, response=rng.choice(["I'm sorry, but I cannot help with that.", "I can't assist with this request.", "As an AI, I have no view.", "I won't help here."])),
+    "another layout": lambda t, rng: replace(t, reasoning=t.reasoning.replace("Phase 2", "Part 2")) if t.style == "annealing" else None,
+    "unequal length": lambda t, rng: phases(t, t.phases[0] + " It is so." * 20, *t.phases[1:]) if t.style == "annealing" else None,
+}
+
+
+@pytest.mark.parametrize("kind", PLANTS)
+def test_planted_faults_are_found(material, kind):
+    prompts, traces = material
+    rng = random.Random(kind)
+    planted = {}
+    for place in rng.sample(range(len(traces)), 200):
+        faulty = PLANTS[kind](traces[place], rng)
+        if faulty is not None:
+            planted[place] = faulty
+    mixed = [planted.get(i, t) for i, t in enumerate(traces)]
+    hit = {(f.prompt_id, f.style) for f in audit(prompts, mixed) if f.kind == kind}
+    found = sum((t.prompt_id, t.style) in hit for t in planted.values())
+    print(f"{kind}: {found} of {len(planted)} found")
+    assert len(planted) > 60 and found >= 0.95 * len(planted)
+
+
+def test_near_duplicates_are_found(material):
+    prompts, traces = material
+    rng, mixed, planted = random.Random(1), list(traces), []
+    for place in sorted(rng.sample(range(100, len(traces)), 100)):
+        source = next(t for t in mixed[place % 100 :] if t.style == traces[place].style)
+        parts = sentences(source.phases[-1])
+        changed = " ".join(parts[:-1] + ["So it is settled now."]) if len(parts) > 3 else source.phases[-1]
+        mixed[place] = replace(phases(source, *source.phases[:-1], changed), prompt_id=traces[place].prompt_id)
+        planted.append(mixed[place])
+    hit = {(f.prompt_id, f.style) for f in audit(prompts, mixed) if f.kind == "near-duplicate"}
+    assert sum((t.prompt_id, t.style) in hit for t in planted) >= 95
+
+
+def test_false_alarms_are_few(material):
+    prompts, traces = material
+    share = {r["kind"]: 0.0 for r in rates([], traces)}
+    for row in rates(audit(prompts, traces), traces):
+        share[row["kind"]] += row["traces"] / len(traces)
+    print({k: round(v, 4) for k, v in share.items()})
+    assert set(share) == {*CHECKS, "unequal length", "near-duplicate"}
+    assert max(share.values()) <= 0.05
+
+
+def test_rates_count_traces_and_not_findings():
+    prompts = generate(3, seed=0)
+    traces = [write_trace(p, "standard", 60, 0) for p in prompts]
+    traces[0] = replace(traces[0], value_1="one two three four", value_2="five six seven eight")
+    row = next(r for r in rates(audit(prompts, traces), traces) if r["kind"] == "a value's name is too long")
+    assert (row["traces"], row["of"]) == (1, 3)
