@@ -26,6 +26,7 @@ from valuecot.curvature import (
     both_ends,
     eigenplane,
     hutchinson_trace,
+    measure,
     overlaps,
     spectral_density,
     top_eigenpairs,
@@ -807,3 +808,32 @@ def test_every_result_says_which_texts_it_is_of():
     s = top_eigenpairs(H)
     found = [s, hutchinson_trace(H, 2), spectral_density(H, 1, 3), attribute(H, s.eigenvectors[0]), adaptive_sharpness(H)]
     assert {(f.reduction, f.examples) for f in found} == {("token", H.fingerprint)}
+
+
+@pytest.mark.parametrize("changed, said", [
+    (lambda e: {**e, "attention_mask": torch.cat([torch.zeros(1), torch.ones(len(e["labels"]) - 1)])}, "is padded"), (lambda e: {**e, "input_ids": e["input_ids"] + 0.7}, "whole numbers"),
+    (lambda e: {k: v[None] for k, v in e.items()}, "drop the batch dimension"), (lambda e: "a text", "is a str"),
+])  # fmt: skip
+def test_examples_that_would_be_read_wrongly(changed, said):
+    rows = texts()
+    with pytest.raises(ValueError, match=f"example 1.*{said}"):
+        LossHessian(llama(True), [rows[0], changed(rows[1])])
+
+
+def test_a_generator_and_a_full_mask_are_taken():
+    model, rows = llama(True), texts()
+    masked = ({**e, "attention_mask": torch.ones_like(e["labels"])} for e in rows)
+    assert LossHessian(model, masked).fingerprint == LossHessian(model, rows).fingerprint
+
+
+def test_a_vector_that_is_no_number_is_blamed_and_not_the_model():
+    H = LossHessian(llama(True), texts())
+    with pytest.raises(ValueError, match="v holds inf or nan"):
+        H @ torch.full((H.n,), float("nan"))
+
+
+@pytest.mark.parametrize("groups, said", [([["a"] * 2] * 4, "2 token labels"), ([0, 1, 0, 1], "is no label"), (["a"], "one each")])
+def test_groups_are_looked_at_before_the_work(monkeypatch, groups, said):
+    monkeypatch.setattr("valuecot.curvature.report.both_ends", lambda *a: pytest.fail("work was done first"))
+    with pytest.raises(ValueError, match=said):
+        measure(llama(True), texts(), groups=groups)

@@ -96,6 +96,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'valuecot/curvature/attribution.py'),
                                                 'valuecot.curvature.attribution.attribute': ( 'curvature/attribution.html#attribute',
                                                                                               'valuecot/curvature/attribution.py'),
+                                                'valuecot.curvature.attribution.check_groups': ( 'curvature/attribution.html#check_groups',
+                                                                                                 'valuecot/curvature/attribution.py'),
                                                 'valuecot.curvature.attribution.token_curvature': ( 'curvature/attribution.html#token_curvature',
                                                                                                     'valuecot/curvature/attribution.py')},
             'valuecot.curvature.batches': { 'valuecot.curvature.batches.Batched': ( 'curvature/batches.html#batched',

@@ -7,7 +7,7 @@ __all__ = ['share_of', 'is_out_of_memory', 'Batched']
 
 # %% ../../nbs/curvature/13_batches.ipynb #3e861ea3
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -51,7 +51,8 @@ class Batched:
     ):
         if reduction not in ("token", "example"):
             raise ValueError(f'reduction {reduction!r}: use "token" or "example"')
-        if not len(examples):
+        examples = [examples] if isinstance(examples, str | Mapping) else list(examples)
+        if not examples:
             raise ValueError("no examples: the loss is a mean over at least one")
         if token_budget < 1:
             raise ValueError(f"token_budget must be positive, got {token_budget}")

@@ -7,6 +7,7 @@ __all__ = ['scored_pair', 'Batch', 'pad', 'bucket', 'fingerprint']
 
 # %% ../../nbs/curvature/12_examples.ipynb #7f998b2d
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +20,20 @@ def scored_pair(
     vocabulary: int | None = None,  # tokens the model knows; unknown to a model without a config
 ) -> tuple[Tensor, Tensor]:  # inputs (T',), targets (T',): logits at t predict targets[t]; -100 not scored
     "Inputs and shifted targets of one example, up to its last scored token."
+    if not isinstance(example, Mapping):
+        raise ValueError(f"example {index} is a {type(example).__name__}: give a list of {{'input_ids': (T,), 'labels': (T,)}}, one for each text")
     missing = {"input_ids", "labels"} - set(example)
     if missing:
         raise ValueError(f"example {index} has no {' and no '.join(sorted(missing))}, only {sorted(example)}")
-    ids, labels = (torch.as_tensor(example[key], dtype=torch.long).cpu() for key in ("input_ids", "labels"))
+    ids, labels = (torch.as_tensor(example[key]).cpu() for key in ("input_ids", "labels"))
+    if ids.is_floating_point() or labels.is_floating_point():
+        raise ValueError(f"example {index}: tokens of type {ids.dtype}, labels {labels.dtype}; whole numbers are wanted")
+    ids, labels = ids.long(), labels.long()
     if ids.ndim != 1 or ids.shape != labels.shape:
-        raise ValueError(f"example {index}: input_ids {tuple(ids.shape)} and labels {tuple(labels.shape)} must be one row each, of one length")
+        hint = ": drop the batch dimension, ids[0]" if ids.ndim == 2 and len(ids) == 1 else ""
+        raise ValueError(f"example {index}: input_ids {tuple(ids.shape)} and labels {tuple(labels.shape)} must be one row each, of one length{hint}")
+    if "attention_mask" in example and not torch.as_tensor(example["attention_mask"]).bool().all():
+        raise ValueError(f"example {index} is padded: pass input_ids[attention_mask.bool()] and the labels likewise; batches are padded here")
     if (ids < 0).any() or ((labels < 0) & (labels != -100)).any():
         raise ValueError(f"example {index} has a negative token: only labels may hold -100")
     if vocabulary and len(ids) and int(torch.maximum(ids, labels).max()) >= vocabulary:

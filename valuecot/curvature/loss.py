@@ -321,6 +321,8 @@ class LossOperator(CausalLoss):
     def __matmul__(self, v: Tensor) -> Tensor:  # (n,) -> (n,)
         if v.shape != (self.n,):
             raise ValueError(f"v has shape {tuple(v.shape)}, the matrix is ({self.n}, {self.n}): pass a flat vector ({self.n},)")
+        if not (v.is_meta or v.isfinite().all()):
+            raise ValueError("v holds inf or nan")
         product = self.product(v.detach().to(self.device, self.dtype))
         self.products += 1
         return product

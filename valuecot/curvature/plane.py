@@ -49,10 +49,13 @@ def check_axes(
 
 def check_plane(
     eigenvectors: Tensor,  # (2, n)
+    n: int,
 ) -> None:
     "Refuse vectors that span no plane or stretch its axes."
     if eigenvectors.ndim != 2 or len(eigenvectors) != 2:
         raise ValueError(f"a plane needs 2 eigenvectors (2, n), got shape {tuple(eigenvectors.shape)}: pass spectrum.eigenvectors[:2]")
+    if eigenvectors.shape[1] != n:
+        raise ValueError(f"eigenvectors of length {eigenvectors.shape[1]}, the parameters need ({n},)")
     norms = [norm(v) for v in eigenvectors]
     if any(not abs(length - 1) < 1e-3 for length in norms):
         raise ValueError(f"eigenvectors must have unit norm, got norms {norms[0]:.6g} and {norms[1]:.6g}: the axes are distances")
@@ -97,7 +100,7 @@ def eigenplane(
     progress: bool = False,  # a bar with the time left, on stderr
 ) -> Landscape:
     "Loss over the plane of the two eigenvectors; parameters restored bit for bit."
-    check_plane(eigenvectors)
+    check_plane(eigenvectors, sum(p.numel() for p in H.parameters))
     return loss_plane(H, eigenvectors, alphas, betas, checkpoint, done, progress)
 
 # %% ../../nbs/curvature/26_eigenplane.ipynb #14fbf699
@@ -150,6 +153,8 @@ def three_point_curvature(
     change: float = 1e-2,  # nats of mean change that the choice begins at
 ) -> tuple[float, float]:  # curvature along v, the step used
     "Second difference of the loss along `v`, by forward passes alone."
+    if v.numel() != (n := sum(p.numel() for p in H.parameters)):
+        raise ValueError(f"v has length {v.numel()}, the parameters need ({n},)")
     if not abs(norm(v) - 1) < 1e-3:
         raise ValueError(f"v must have unit norm, got {norm(v):.6g}")
     if step is not None and not step > 0:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .attribution import Attribution, attribute
+from .attribution import Attribution, attribute, check_groups
 from .eigen import both_ends
 from .hessian import LossHessian
 from .krylov import coefficients, norm
@@ -59,12 +59,16 @@ def measure(
     if groups is not None and len(groups) != len(examples):
         raise ValueError(f"{len(groups)} group labels for {len(examples)} examples: one each")
     H = LossHessian(model, examples, reduction, token_budget=token_budget, **options)
+    if groups is not None:
+        check_groups(H, groups)
     largest, smallest = both_ends(H, k, tol, seed, max_matvecs)
     trace = hutchinson_trace(H.exact, probes, seed, deflate=largest)
     adaptive, filters = (adaptive_sharpness(H, tol, seed, max_matvecs, units) for units in ("weights", "filters"))
     gradient = H.exact.gradient()
     along = float(coefficients(largest.eigenvectors[:1], gradient))
     length = norm(gradient)
+    saddle = -float(smallest.eigenvalues[0]) > float(largest.eigenvalues[0])
+    own = (f"a saddle: the most negative value {float(smallest.eigenvalues[0]):.6g} is larger in size than the top one",) if saddle else ()
     notes = {"top": largest, "bottom": smallest, "adaptive": adaptive, "filters": filters}
     return Curvature(
         spectrum=largest,
@@ -82,5 +86,5 @@ def measure(
         filter_residual=float(filters.residuals[0]),
         matvecs=largest.matvecs + trace.matvecs + adaptive.matvecs + filters.matvecs,
         attribution=attribute(H.exact, largest.eigenvectors[0], groups) if groups is not None else None,
-        warnings=tuple(f"{name}: {text}" for name, part in notes.items() for text in part.warnings if name in ("top", "bottom") or "converged" in text),
+        warnings=own + tuple(f"{name}: {text}" for name, part in notes.items() for text in part.warnings if name in ("top", "bottom") or "converged" in text),
     )

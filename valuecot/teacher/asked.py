@@ -121,7 +121,7 @@ def collect(
 
 def by_reason(aside: list[Quarantined]) -> list[dict[str, object]]:  # rows: teacher, style, reason, count
     "Quarantine counted."
-    found = Counter((q.teacher, q.style, q.reason.split(":")[0][:60]) for q in aside)
+    found = Counter((q.teacher, q.style, q.reason[:60]) for q in aside)
     return [{"teacher": a, "style": b, "reason": c, "count": n} for (a, b, c), n in sorted(found.items())]
 
 # %% ../../nbs/teacher/44_asked.ipynb #6624c854

@@ -27,7 +27,7 @@ def planned_prompts(settings: Settings) -> tuple[list[Prompt], str]:  # prompts 
     if data.prompts == "github" and not all((outputs() / "cache" / f"{name}.json").exists() for name in PUBLIC):
         stand_in = Prompt("", " ".join(["value"] * WORDS), "", "a", "b", "")
         count = data.sft_prompts + data.heldout_prompts
-        return [Prompt(f"stand-in {i}", f"{stand_in.text} {i}", "", "a", "b", "") for i in range(count)], f"{count} stand-ins of {WORDS} words: the prompts are not downloaded yet"
+        return [Prompt(f"stand-in {i}", f"{stand_in.text} {i}", "", "a", "b", "") for i in range(count)], f"{count} prompts of {WORDS} words each assumed: ConflictScope is not downloaded yet"
     return [p for p in drawn(source_prompts(data), data) if p.split in ("sft", "heldout")], ""
 
 

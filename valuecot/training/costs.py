@@ -90,14 +90,14 @@ def lines(name: str, source: str, cost: Cost, config, settings: Settings, rate: 
     peer = hessian.max_iterations * hessian.top_n
     found = [
         f"  {name}: {cost.parameters / 1e6:,.1f} M parameters ({source})",
-        f"    memory    {bytes_text(needed)} on the device: weights {bytes_text(cost.weights_bytes)}, one product {bytes_text(cost.product_bytes)} at {hessian.token_budget} tokens a micro-batch"
+        f"    memory    {bytes_text(needed)} {'on the GPU' if device != 'CPU' else 'in memory'}: weights {bytes_text(cost.weights_bytes)}, one product {bytes_text(cost.product_bytes)} at {hessian.token_budget} tokens a micro-batch"
         + (f"; {bytes_text(cost.vectors_bytes)} of vectors in the machine's memory" if hosted else f", vectors {bytes_text(cost.vectors_bytes)}")
         + f"; graphs, kept as far as a third of free memory goes: {bytes_text(cost.kept_bytes)} in all",
         f"    one arm   {data.subsets} spectra of {PRODUCTS} products {time_text(spectra)}, 2 landscapes of {side} x {side} points {time_text(planes)};"
         + f" PyHessian beside them: at most {peer} products a subset, {time_text(data.subsets * cost.seconds(rate, peer))}, logits whole, {bytes_text(4 * hessian.token_budget * config.vocab_size)} a copy",
     ]
     if needed > size:
-        ways = ["a smaller geometry.hessian.token_budget makes a product smaller"] if cost.product_bytes > needed / 4 else []
+        ways = ["a smaller geometry.hessian.token_budget makes a product smaller"] if needed - cost.product_bytes < size else []
         ways += ["geometry.hessian.vectors=host moves the vectors away"] if not hosted and device != "CPU" else []
         found.append(f"    does not fit: {device} has {bytes_text(size)} free" + "".join(f"; {way}" for way in ways))
     elif hosted and cost.vectors_bytes > host:
