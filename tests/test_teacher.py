@@ -10,7 +10,8 @@ from valuecot.data.conflictscope import load_folder
 from valuecot.data.world import generate
 from valuecot.teacher import rules, styles, templates
 from valuecot.teacher.controls import controls, derive
-from valuecot.teacher.rules import check_trace, write_trace
+from valuecot.teacher.audit import check_trace, quoted
+from valuecot.teacher.rules import write_trace
 from valuecot.teacher.styles import Style, assemble, disassemble
 from valuecot.types import Prompt, Trace
 
@@ -132,7 +133,7 @@ def check_pair(prompt, words, seed=0):
 def test_traces_of_the_embedded_prompts_hold_to_appendix_d(words):
     for prompt in generate(240, seed=words):
         standard, annealing = check_pair(prompt, words)
-        assert rules.quoted(standard.reasoning, prompt.text) & rules.quoted(annealing.reasoning, prompt.text)
+        assert quoted(standard.reasoning, prompt.text) & quoted(annealing.reasoning, prompt.text)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="ConflictScope's files are not beside the repository")
@@ -226,7 +227,7 @@ def test_check_trace_sees_each_violation():
 
 
 def test_quotes_must_be_literal():
-    assert rules.quoted("He 'owes me $20' and ‘lives here’ and 'made this up'.", "Bo owes me $20. Bo lives here.") == {"owes me $20", "lives here"}
+    assert quoted("He 'owes me $20' and ‘lives here’ and 'made this up'.", "Bo owes me $20. Bo lives here.") == {"owes me $20", "lives here"}
 
 
 def test_the_order_of_values_does_not_depend_on_how_they_are_given():

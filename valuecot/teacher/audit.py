@@ -10,14 +10,33 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .rules import VERDICT, quoted, value
+from .rules import value
 from .styles import STYLES, TOLERANCE, disassemble, length, sentences
 from ..types import Prompt, Shown, Trace
 
 # %% auto #0
-__all__ = ['REFUSAL', 'LONGEST', 'BRIEF', 'HARD', 'CHECKS', 'Finding', 'syllables', 'stems', 'other_pair', 'few_quotes',
-           'long_names', 'not_named', 'long_sentences', 'hard_words', 'from_outside', 'long_reply', 'early_verdict',
-           'refusal', 'other_layout', 'unequal', 'bare', 'near_duplicates', 'audit', 'rates']
+__all__ = ['VERDICT', 'REFUSAL', 'LONGEST', 'BRIEF', 'HARD', 'CHECKS', 'quoted', 'Finding', 'syllables', 'stems', 'other_pair',
+           'few_quotes', 'long_names', 'not_named', 'long_sentences', 'hard_words', 'from_outside', 'long_reply',
+           'early_verdict', 'refusal', 'other_layout', 'check_trace', 'unequal', 'bare', 'near_duplicates', 'audit',
+           'rates']
+
+# %% ../../nbs/teacher/48_audit.ipynb #8bf4acf4
+VERDICT = re.compile(r"\bI will\b|\bcomes? first\b|\bcounts more\b|\bweighs more\b|\bmore important\b|\bI settle\b")
+
+
+def quoted(
+    reasoning: str,
+    source: str,  # the prompt's text
+) -> set[str]:  # distinct
+    "Parts of `source` that stand in quotation marks in `reasoning`, word for word."
+    source, reasoning = " ".join(source.split()), " ".join(reasoning.split())
+    opening = [m.end() for m in re.finditer(r"(?<!\w)['‘\"“]", reasoning)]
+    closing = [m.start() for m in re.finditer(r"['’\"”](?!\w)", reasoning)]
+    found = set()
+    for start in opening:
+        ends = [end for end in closing if start < end <= start + 200 and reasoning[start:end].rstrip(".,!?") in source]
+        found |= {reasoning[start : max(ends)]} if ends else set()
+    return found
 
 # %% ../../nbs/teacher/48_audit.ipynb #56feb5ea
 @dataclass(frozen=True)
@@ -56,23 +75,23 @@ def other_pair(prompt: Prompt, trace: Trace) -> list[str]:
 def few_quotes(prompt: Prompt, trace: Trace) -> list[str]:
     "Fewer than two details of the prompt, word for word."
     found = quoted(trace.reasoning, prompt.text)
-    return [] if len(found) >= 2 else [f"{len(found)} details quoted word for word"]
+    return [] if len(found) >= 2 else [f"{len(found)} details quoted word for word, at least 2 asked"]
 
 
 def long_names(prompt: Prompt, trace: Trace) -> list[str]:
     "Names of more than three words."
-    return [name for name in (trace.value_1, trace.value_2) if not 1 <= len(name.split()) <= 3]
+    return [f"value name of {len(name.split())} words: {name!r}" for name in (trace.value_1, trace.value_2) if not 1 <= len(name.split()) <= 3]
 
 
 def not_named(prompt: Prompt, trace: Trace) -> list[str]:
     "Values that the reasoning does not name."
     text = " ".join(trace.phases).lower()
-    return [name for name in (trace.value_1, trace.value_2) if name.lower() not in text]
+    return [f"value {name!r} is not named in the reasoning" for name in (trace.value_1, trace.value_2) if name.lower() not in text]
 
 
 def long_sentences(prompt: Prompt, trace: Trace) -> list[str]:
     "Sentences that a small student cannot follow."
-    return [s for phase in trace.phases for s in sentences(phase) if len(s.split()) > LONGEST]
+    return [f"sentence of {len(s.split())} words: {s!r}" for phase in trace.phases for s in sentences(phase) if len(s.split()) > LONGEST]
 
 
 def hard_words(prompt: Prompt, trace: Trace) -> list[str]:
@@ -96,14 +115,14 @@ def from_outside(prompt: Prompt, trace: Trace) -> list[str]:
 def long_reply(prompt: Prompt, trace: Trace) -> list[str]:
     "A reply that is not brief."
     count = len(trace.response.split())
-    return [] if 1 <= count <= BRIEF else [f"{count} words"]
+    return [] if 1 <= count <= BRIEF else [f"response of {count} words, 1 to {BRIEF} asked"]
 
 
 def early_verdict(prompt: Prompt, trace: Trace) -> list[str]:
     "A decision in the phase that should only look around."
     roles = STYLES[trace.style].roles
     found = VERDICT.search(trace.phases[roles.index("explore")]) if "explore" in roles else None
-    return [found[0]] if found else []
+    return [f"the exploring phase decides already: {found[0]!r}"] if found else []
 
 
 def refusal(prompt: Prompt, trace: Trace) -> list[str]:
@@ -114,7 +133,7 @@ def refusal(prompt: Prompt, trace: Trace) -> list[str]:
 
 def other_layout(prompt: Prompt, trace: Trace) -> list[str]:
     "Reasoning that is not laid out as its style says."
-    return [] if disassemble(trace.style, trace.reasoning) == trace.phases else [trace.reasoning[:60]]
+    return [] if disassemble(trace.style, trace.reasoning) == trace.phases else [f"reasoning is not laid out as style {trace.style!r}"]
 
 
 CHECKS: dict[str, Callable[[Prompt, Trace], list[str]]] = {
@@ -122,6 +141,16 @@ CHECKS: dict[str, Callable[[Prompt, Trace], list[str]]] = {
     "a sentence is too long": long_sentences, "hard words": hard_words, "from outside the prompt": from_outside, "the reply is too long": long_reply,
     "a verdict while exploring": early_verdict, "refusal": refusal, "another layout": other_layout,
 }  # fmt: skip
+
+
+def check_trace(
+    prompt: Prompt,
+    trace: Trace,
+    words: int | None = None,  # that the reasoning should have, within a tenth
+) -> list[str]:  # what is wrong, empty if nothing
+    "What one trace breaks of what its teacher was asked."
+    found, count = [detail for check in CHECKS.values() for detail in check(prompt, trace)], length(trace.phases)
+    return found + ([f"reasoning of {count} words, {words} asked"] if words is not None and abs(count - words) > words * TOLERANCE else [])
 
 # %% ../../nbs/teacher/48_audit.ipynb #efa1eb7a
 def unequal(traces: list[Trace]) -> list[tuple[Trace, str]]:

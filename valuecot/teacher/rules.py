@@ -10,13 +10,13 @@ import re
 from typing import NamedTuple
 
 from ..data.details import details
-from .styles import ASKED, STYLES, assemble, disassemble, style
+from .styles import assemble, style
 from ..types import Prompt, Trace
 
 # %% auto #0
-__all__ = ['VALUES', 'PRINCIPLES', 'EXPLORE', 'COOL', 'CONVERGE', 'REASON', 'ROLES', 'RESPONSES', 'WORDS', 'VERDICT', 'Value',
-           'value', 'in_order', 'choose', 'fillings', 'sentence', 'Line', 'draft', 'fit', 'write_phases', 'write_trace',
-           'quoted', 'check_trace', 'RuleTeacher']
+__all__ = ['VALUES', 'PRINCIPLES', 'EXPLORE', 'COOL', 'CONVERGE', 'REASON', 'ROLES', 'RESPONSES', 'WORDS', 'Value', 'value',
+           'in_order', 'choose', 'fillings', 'sentence', 'Line', 'draft', 'fit', 'write_phases', 'write_trace',
+           'RuleTeacher']
 
 # %% ../../nbs/teacher/42_rules.ipynb #f25ea282
 class Value(NamedTuple):
@@ -270,54 +270,6 @@ def write_trace(
     wording = random.Random(f"response {seed} {prompt.id}").choice(RESPONSES)  # the same for every style of a prompt
     response = re.sub(r"\{(\w+)\}", lambda m: fill[m[1]], wording)
     return Trace(prompt.id, style, "rules", fill["v1"], fill["v2"], phases, assemble(style, phases), response)
-
-# %% ../../nbs/teacher/42_rules.ipynb #58fb916b
-VERDICT = re.compile(r"\bI will\b|\bcomes? first\b|\bcounts more\b|\bweighs more\b|\bmore important\b|\bI settle\b")
-
-
-def quoted(
-    reasoning: str,
-    source: str,  # the prompt's text
-) -> set[str]:  # distinct
-    "Parts of `source` that stand in quotation marks in `reasoning`, word for word."
-    source, reasoning = " ".join(source.split()), " ".join(reasoning.split())
-    opening = [m.end() for m in re.finditer(r"(?<!\w)['‘\"“]", reasoning)]
-    closing = [m.start() for m in re.finditer(r"['’\"”](?!\w)", reasoning)]
-    found = set()
-    for start in opening:
-        ends = [end for end in closing if start < end <= start + 200 and reasoning[start:end].rstrip(".,!?") in source]
-        found |= {reasoning[start : max(ends)]} if ends else set()
-    return found
-
-# %% ../../nbs/teacher/42_rules.ipynb #51580220
-def check_trace(
-    prompt: Prompt,
-    trace: Trace,
-    words: int | None = None,  # that the reasoning should have, within a tenth
-    response_words: int = 40,  # at most
-) -> list[str]:  # violations, empty if none
-    "What a trace breaks of appendix D's constraints."
-    found, text = [], " ".join(trace.phases)
-    quotes, count = quoted(trace.reasoning, prompt.text), len(text.split())
-    if len(quotes) < 2:
-        found.append(f"{len(quotes)} details quoted word for word, at least 2 asked")
-    for name in (trace.value_1, trace.value_2):
-        if not 1 <= len(name.split()) <= 3:
-            found.append(f"value name of {len(name.split())} words: {name!r}")
-        elif name.lower() not in text.lower():
-            found.append(f"value {name!r} is not named in the reasoning")
-    longest = max(re.split(r"(?<=[.?!])\s+", text), key=lambda s: len(s.split()))
-    if len(longest.split()) > 20:
-        found.append(f"sentence of {len(longest.split())} words: {longest!r}")
-    if not 1 <= len(trace.response.split()) <= response_words:
-        found.append(f"response of {len(trace.response.split())} words, 1 to {response_words} asked")
-    if disassemble(trace.style, trace.reasoning) != trace.phases:
-        found.append(f"reasoning is not laid out as style {trace.style!r}")
-    if trace.phases and "explore" in STYLES[trace.style].roles and VERDICT.search(trace.phases[STYLES[trace.style].roles.index("explore")]):
-        found.append("the exploring phase decides already")
-    if words is not None and abs(count - words) > words / 10:
-        found.append(f"reasoning of {count} words, {words} asked")
-    return found
 
 # %% ../../nbs/teacher/42_rules.ipynb #983fceb9
 class RuleTeacher:
