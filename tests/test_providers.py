@@ -20,7 +20,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 from valuecot.data.world import generate
 from valuecot.providers.asking import Live, Policy, ask_all, seconds
-from valuecot.providers.cache import Cache, export_replies, import_replies
+from valuecot.providers.cache import Cache, Writer, export_replies, import_replies
 from valuecot.providers.prices import Price
 from valuecot.providers.requests import Failed, Reply, Request, as_request, canonical
 from valuecot.providers.structured import Malformed, read
@@ -259,20 +259,25 @@ def test_a_wait_that_was_given_up_does_not_stop_the_writer(cache):
     assert cache.db.execute("SELECT COUNT(*) FROM replies").fetchone() == (51,), "a reply is written also where nobody waits for it"
 
 
-def test_a_run_that_is_stopped_keeps_what_came(cache):
-    "Ctrl-C: in-flight questions stay in the ledger, replies on disk."
+def test_a_run_that_is_stopped_keeps_what_came(cache, monkeypatch):
+    "Ctrl-C, on a slow disk: in-flight questions stay in the ledger, replies are on disk before the caller goes on."
+    commit, keep, came = Writer.commit, cache.keep, []
+    monkeypatch.setattr(Writer, "commit", staticmethod(lambda db, jobs: (time.sleep(0.2), commit(db, jobs))))
+    monkeypatch.setattr(cache, "keep", lambda *values: (came.append(values), keep(*values))[1])
 
     async def run():
         work = asyncio.create_task(ask_all(questions(400), {"server/m": Live("server", PRICE, f"{root}/v1", connections=8)}, cache, QUICK))
-        await asyncio.sleep(0.5)
+        while len(came) < 10:
+            await asyncio.sleep(0.001)
         work.cancel()
         with pytest.raises(asyncio.CancelledError):
             await work
+        return cache.db.execute("SELECT COUNT(*) FROM replies").fetchone()[0]
 
     with server(latency=0.05) as (root, told):
-        asyncio.run(run())
-        kept = cache.db.execute("SELECT COUNT(*) FROM replies").fetchone()[0]
-        assert 0 < kept < 400 and cache.ledger()[0]["unanswered"] <= 8
+        kept = asyncio.run(run())
+        assert 10 <= kept == len(came) < 400 and cache.ledger()[0]["unanswered"] <= 8
+        monkeypatch.undo()
         assert ask(questions(400), root, cache).known == kept
 
 

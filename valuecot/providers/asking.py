@@ -205,10 +205,12 @@ async def ask_all(
                 bar.set_postfix(failed=len(tally.failures), usd=f"{cache.spent:.4f}", refresh=False)
 
     try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(sum(b.connections for b in backends.values()) + 8):
-                group.create_task(work())
-        await asyncio.wrap_future(cache.settled())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(sum(b.connections for b in backends.values()) + 8):
+                    group.create_task(work())
+        finally:  # also where the batch was stopped: what came is on disk before the caller goes on
+            await asyncio.wrap_future(cache.settled())
     except* sqlite3.Error as errors:
         raise OSError(f"{cache.path} cannot be written ({errors.exceptions[0]}): nothing more was asked, and what it holds is kept") from None
     finally:
