@@ -476,7 +476,7 @@ def test_the_stage_asks_a_server_and_replays_without_it(prompts_only, tmp_path, 
     shutil.copytree(prompts_only / "test", tmp_path / "elsewhere" / "test")
     monkeypatch.setattr(socket.socket, "connect", lambda *a: pytest.fail("the network is off"))
     stage_run(tmp_path / "elsewhere", tmp_path / "c", "http://127.0.0.1:1/v1", monkeypatch, f"geometry.traces.replies={tmp_path / 'exported'}")
-    for name in ("traces.jsonl", "quarantine.jsonl", "audit.json", "replies.jsonl.gz"):
+    for name in ("traces.jsonl", "controls.jsonl", "quarantine.jsonl", "replies.jsonl.gz"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes(), name
     assert {t.teacher for t in first} == {"local"} and len(first) > 50
 
@@ -564,3 +564,69 @@ def test_a_killed_run_goes_on_and_knows_what_it_sent(tmp_path):
 @pytest.mark.parametrize("seed", range(3))
 def test_a_thousand_prompts_ten_kills_all_faults(tmp_path, seed):
     check_kills(tmp_path, 1000, 10, seed, rate_limited=0.1, broken=0.05, reset=0.02, malformed=0.03)
+
+
+# ------------------------------------------------------------------------- on this machine
+
+
+def test_the_rules_answer_as_any_teacher_and_write_what_they_always_wrote(cache):
+    from valuecot.settings import load
+    from valuecot.teacher.desks import backends, questions, teachers_of
+
+    settings, prompts = load("tiny"), generate(40, seed=3)
+    found = collect(questions(settings, prompts), backends(teachers_of(settings).values())[0], cache)
+    words = settings["geometry.traces"].words
+    assert found.traces == [write_trace(p, style, words, 0) for p in prompts for style in ("standard", "annealing")]
+    again = collect(questions(settings, prompts), {}, cache)
+    assert again.traces == found.traces and cache.spent == 0
+
+
+def test_other_rules_are_another_teacher(cache):
+    from valuecot.teacher.desks import WRITTEN_BY, RulesDesk
+
+    prompt = generate(1, seed=3)[0]
+    ours, old = (RulesDesk("rules", "rules", name).question(prompt, "standard", 60) for name in (WRITTEN_BY, "rules-00000000"))
+    assert ours.key != old.key
+    with pytest.raises(ValueError, match="40 to 150 words, asked for 20"):
+        RulesDesk("rules", "rules", WRITTEN_BY).question(prompt, "standard", 20)
+
+
+STORIES = Path(__file__).parents[2] / "shared" / "data" / "lm_stories260K"
+
+
+def test_a_real_model_on_this_machine_answers_the_same_alone_and_in_a_round(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from valuecot.providers.local import Local
+
+    if not STORIES.exists():
+        pytest.skip("../shared/data/lm_stories260K is not here")
+    asked = [Request("transformers", "stories", (("user", text),), 12) for text in ("Once upon a time", "Lily and Ben went to the park. They", "The dog was big. One day", "Tim had a red car")]
+    found = []
+    for connections in (1, 4):
+        with Cache(tmp_path / f"{connections}.sqlite") as cache:
+            tally = asyncio.run(ask_all(asked, {"transformers/stories": Local(str(STORIES), connections)}, cache, QUICK))
+            assert tally.replied == 4, tally.failures
+            found.append([cache.reply(q) for q in asked])
+    assert found[0] == found[1]
+    tokenizer, model = AutoTokenizer.from_pretrained(STORIES), AutoModelForCausalLM.from_pretrained(STORIES).eval()
+    ids = tokenizer(asked[2].messages[0][1] + "\n\n", return_tensors="pt", return_token_type_ids=False)
+    written = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert found[0][2].text == tokenizer.decode(written, skip_special_tokens=True) and found[0][2].finish == "length"
+
+
+def test_out_of_memory_a_round_is_halved(tmp_path, monkeypatch):
+    from valuecot.providers.local import Local
+
+    backend, sizes = Local("anything", 8), []
+    backend.model = object()
+
+    def generate(requests, arguments):
+        sizes.append(len(requests))
+        if len(requests) > 2:
+            raise RuntimeError("CUDA out of memory")
+        return [Reply("a", "m", 1, 1, "stop")] * len(requests)
+
+    monkeypatch.setattr(backend, "generate", generate)
+    assert len(backend.answers(questions(8), {})) == 8 and sizes == [8, 4, 2, 2, 4, 2, 2]
+    monkeypatch.setattr(backend, "generate", lambda *a: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    assert all(isinstance(e, RuntimeError) for e in backend.answers(questions(2), {}))

@@ -184,7 +184,6 @@ def test_traces_are_seeded_and_varied():
 def test_a_recorded_trace_stays_the_same():
     prompt = Prompt("a-1", "May I read my sister's diary? She has been quiet since May 3.", "home", "care", "privacy", "open")
     trace = write_trace(prompt, "annealing", 40, seed=0)
-    assert trace == rules.RuleTeacher(40, 0).trace(prompt, "annealing")
     assert trace.reasoning == RECORDED
 
 

@@ -5,11 +5,14 @@
 # %% ../nbs/01_settings.ipynb #af33bfcb
 from __future__ import annotations
 
+import argparse
 import configparser
 import difflib
 import os
 import shlex
-from dataclasses import asdict, dataclass, fields
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -19,7 +22,7 @@ from .types import Arm
 __all__ = ['records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Weights', 'Data', 'Design', 'Traces', 'TeacherModel',
            'SFT', 'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'ModelShape', 'BaseModel', 'Steerable',
            'SteerableSFT', 'SteerableGRPO', 'Sampling', 'record_of', 'cast', 'published', 'read_file', 'put',
-           'parse_overrides', 'typed', 'Settings', 'load', 'check_design']
+           'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'tell']
 
 # %% ../nbs/01_settings.ipynb #8ad55607
 def root(
@@ -84,24 +87,25 @@ class Traces:
     templates: Source  # "" for ours, or a folder
     replies: Source  # "" or a folder with exports of replies to take into the cache first
     cap: float  # dollars, over all that was ever sent
+    match: float  # share of the longer one by which a prompt's reasonings may differ in length; 0: any
 
 
 @dataclass(frozen=True)
 class TeacherModel:
     "[teacher.<name>]: a language model that writes traces, how it is reached and what it costs."
 
-    provider: Literal["openai", "google", "anthropic", "server"]
-    model: str  # as the provider calls it
-    base_url: str  # "" for the provider's own
-    input: float  # dollars per million tokens
-    output: float  # thinking included
-    batch: float  # share of the price that a batch costs
-    max_tokens: int  # of a reply, thinking included
-    effort: Literal["", "minimal", "low", "medium", "high"]  # of thinking; "" for the provider's default
-    connections: int  # at once
-    per_minute: int  # questions; 0: no limit of ours
-    tokens_per_minute: int
-    timeout: float  # seconds for one try
+    provider: Literal["openai", "google", "anthropic", "server", "transformers", "rules"]
+    model: str  # as the provider calls it; transformers: a folder or a repository; rules: any name
+    base_url: str = ""  # the provider's own
+    input: float = 0.0  # dollars per million tokens
+    output: float = 0.0  # thinking included
+    batch: float = 1.0  # share of the price that a batch costs
+    max_tokens: int = 4096  # of a reply, thinking included
+    effort: Literal["", "minimal", "low", "medium", "high"] = ""  # of thinking; "" for the provider's default
+    connections: int = 16  # questions at once
+    per_minute: int = 0  # questions; 0: no limit of ours
+    tokens_per_minute: int = 0  # of replies at their longest
+    timeout: float = 120.0  # seconds for one try
 
     def __post_init__(self):
         if self.provider == "server" and not self.base_url:
@@ -307,9 +311,7 @@ records = {
 # %% ../nbs/01_settings.ipynb #e3ad7076
 def record_of(section: str) -> type | None:  # None: published numbers, a plain mapping
     "Record that validates `section`."
-    if section.startswith("arm."):
-        return Arm
-    families = {"model": ModelShape, "teacher": TeacherModel}
+    families = {"arm": Arm, "model": ModelShape, "teacher": TeacherModel}
     return families.get(section.split(".")[0], records.get(section)) if "." in section else records.get(section)
 
 # %% ../nbs/01_settings.ipynb #be3af736
@@ -392,13 +394,13 @@ def typed(section: str, values: dict[str, str]) -> object:  # the section's reco
         return {key: published(value) for key, value in values.items()}
     hints = get_type_hints(kind)
     given = {"name": section.split(".", 1)[1], **values} if kind is Arm else values
-    names = [f.name for f in fields(kind)]
+    names = {f.name: f.default for f in fields(kind)}
     for key in given:
         if key not in names:
-            raise KeyError(f"[{section}]: {nearest(key, names, 'key')}")
-    if missing := [n for n in names if n not in given]:
+            raise KeyError(f"[{section}]: {nearest(key, list(names), 'key')}")
+    if missing := [n for n, default in names.items() if n not in given and default is MISSING]:
         raise KeyError(f"[{section}] lacks {', '.join(missing)}")
-    return kind(**{n: cast(given[n], hints[n], f"{section}.{n}") for n in names})
+    return kind(**{n: cast(given[n], hints[n], f"{section}.{n}") for n in names if n in given})
 
 # %% ../nbs/01_settings.ipynb #64085721-5
 @dataclass(frozen=True)
@@ -454,9 +456,28 @@ def check_design(settings: Settings) -> None:
         if not names or len(set(names)) < len(names):
             raise ValueError(f"geometry.design.{key} = {', '.join(map(str, names)) or 'nothing'}: name each once, and at least one")
     taught = settings["geometry.traces"].teachers
-    known = ["rules", *(s.split(".", 1)[1] for s in settings.sections if s.startswith("teacher."))]
+    known = [s.split(".", 1)[1] for s in settings.sections if s.startswith("teacher.")]
     for name in taught:
         if name not in known:
             raise KeyError(f"geometry.traces.teachers: {nearest(name, known, 'teacher')}")
     if not taught or len(set(taught)) < len(taught):
         raise ValueError(f"geometry.traces.teachers = {', '.join(taught) or 'nobody'}: name each once, and at least one")
+
+# %% ../nbs/01_settings.ipynb #604506f6
+def tell(
+    argv: list[str],  # --profile tiny --set "section.key=value ..."
+    module: str,  # run as `python -m`
+    description: str,  # for --help
+    said: Callable[[Settings], str],
+) -> int:  # exit status
+    "Print what `said` finds in the settings that a command line names."
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser.add_argument("--profile", default="tiny", help="tiny, small or paper")
+    parser.add_argument("--set", default="", dest="overrides", help="section.key=value ...")
+    asked = parser.parse_args(argv)
+    try:
+        print(said(load(asked.profile, asked.overrides)))
+    except (KeyError, ValueError, OSError) as error:
+        print(f"error: {error.args[0] if error.args else error}", file=sys.stderr)
+        return 2
+    return 0

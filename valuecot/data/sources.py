@@ -14,7 +14,7 @@ from ..settings import Data, outputs, root
 from ..types import Prompt
 
 # %% auto #0
-__all__ = ['WORDS', 'source_prompts', 'drawn', 'foreseen']
+__all__ = ['WORDS', 'source_prompts', 'missing_downloads', 'drawn', 'foreseen']
 
 # %% ../../nbs/data/23_sources.ipynb #bbaa531f
 def source_prompts(settings: Data) -> list[Prompt]:
@@ -24,6 +24,11 @@ def source_prompts(settings: Data) -> list[Prompt]:
     if settings.prompts == "github":
         return load_github(outputs() / "cache")
     return load_folder(root() / Path(settings.prompts))
+
+
+def missing_downloads() -> list[str]:
+    "ConflictScope's public files that are not in outputs/cache."
+    return [name for name in PUBLIC if not (outputs() / "cache" / f"{name}.json").exists()]
 
 
 def drawn(found: list[Prompt], settings: Data) -> list[Prompt]:
@@ -39,10 +44,10 @@ def foreseen(settings: Data) -> tuple[str, int]:  # a line of the plan, median w
     wanted = settings.sft_prompts + settings.grpo_prompts + settings.heldout_prompts
     if settings.prompts == "github":
         public = sum(count for count, _ in PUBLIC.values())
-        here = [name for name in PUBLIC if (outputs() / "cache" / f"{name}.json").exists()]
+        left = missing_downloads()
         if wanted > public:
             raise ValueError(f"ConflictScope has {public} prompts, but {wanted} asked: lower geometry.sft_prompts, grpo_prompts or heldout_prompts")
-        need = "in outputs/cache" if len(here) == len(PUBLIC) else f"needs a download: {len(PUBLIC) - len(here)} files of github.com/{REPOSITORY} at {COMMIT[:7]} (MIT licence)"
+        need = f"needs a download: {len(left)} files of github.com/{REPOSITORY} at {COMMIT[:7]} (MIT licence)" if left else "in outputs/cache"
         return f"prompts: {wanted} of ConflictScope's {public}; {need}", WORDS
     found = source_prompts(settings)
     check_sizes(found, settings.sft_prompts, settings.grpo_prompts, settings.heldout_prompts, settings.subsets, settings.prompts_per_subset)

@@ -145,7 +145,7 @@ class Plan:
 
     def reads(self, job: Job) -> Settings:
         "The settings that `job` declared."
-        many = {"{arms}": self.settings["geometry.design"].arms, "{teachers}": [t for t in self.settings["geometry.traces"].teachers if t != "rules"]}
+        many = {"{arms}": self.settings["geometry.design"].arms, "{teachers}": self.settings["geometry.traces"].teachers}
         patterns = []
         for name in self.stages[job.stage].reads:
             each = next((key for key in many if key in name), None)

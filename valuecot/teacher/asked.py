@@ -16,11 +16,13 @@ from ..providers.requests import Reply, Request
 from ..providers.structured import Malformed, asked_again, read
 from ..store import read_records
 from .schemas import SCHEMAS, as_trace
+from .styles import length
 from .templates import request as wording
 from ..types import Prompt, Shown, Trace
 
 # %% auto #0
-__all__ = ['Desk', 'Quarantined', 'Wanted', 'wanted', 'judge', 'Collected', 'collect', 'by_reason', 'with_traces', 'read_traces']
+__all__ = ['Desk', 'Quarantined', 'Wanted', 'wanted', 'judge', 'Collected', 'collect', 'by_reason', 'with_traces', 'apart',
+           'read_traces']
 
 # %% ../../nbs/teacher/44_asked.ipynb #fd8fb3a5
 @dataclass(frozen=True)
@@ -129,6 +131,19 @@ def with_traces(prompts: list[Prompt], traces: list[Trace], aside: list[Quaranti
     "Prompts and traces without those of which any trace was put aside."
     lost = {q.prompt_id for q in aside}
     return [p for p in prompts if p.id not in lost], [t for t in traces if t.prompt_id not in lost]
+
+
+def apart(traces: list[Trace], tolerance: float) -> list[Quarantined]:
+    "Traces of prompts whose reasonings differ in length by more than `tolerance` of the longest; 0: none is put aside."
+    by: dict[str, list[Trace]] = {}
+    for t in traces:
+        by.setdefault(t.prompt_id, []).append(t)
+    found = []
+    for pair in by.values():
+        sizes = [length(t.phases) for t in pair]
+        if tolerance and max(sizes) - min(sizes) > tolerance * max(sizes):
+            found += [Quarantined(t.prompt_id, t.style, t.teacher, "lengths apart: the traces of its prompt differ by more than geometry.traces.match", t.reasoning) for t in pair]
+    return found
 
 
 def read_traces(prompts_folder: Path, traces_folder: Path) -> tuple[list[Prompt], list[Trace]]:

@@ -5,16 +5,12 @@
 # %% ../../nbs/teacher/46_bill.ipynb #593663fa
 from __future__ import annotations
 
-import argparse
 import sys
 
-from ..data.sources import WORDS, drawn, source_prompts
-from ..data.conflictscope import PUBLIC
+from ..data.sources import WORDS, drawn, missing_downloads, source_prompts
 from ..providers.cache import Cache
-from ..settings import Settings, load, outputs, root
-from .asked import wanted
-from .desks import assigned, backends, cost_lines, desk_of, estimate
-from .templates import read_templates
+from ..settings import Settings, tell
+from .desks import backends, cost_lines, estimate, questions, replies_path, teachers_of
 from ..types import Prompt
 
 # %% auto #0
@@ -24,27 +20,19 @@ __all__ = ['planned_prompts', 'bill', 'main']
 def planned_prompts(settings: Settings) -> tuple[list[Prompt], str]:  # prompts that get traces, a remark
     "The SFT and held-out prompts, or stand-ins of the usual length."
     data = settings["geometry"]
-    if data.prompts == "github" and not all((outputs() / "cache" / f"{name}.json").exists() for name in PUBLIC):
-        stand_in = Prompt("", " ".join(["value"] * WORDS), "", "a", "b", "")
-        count = data.sft_prompts + data.heldout_prompts
-        return [Prompt(f"stand-in {i}", f"{stand_in.text} {i}", "", "a", "b", "") for i in range(count)], f"{count} prompts of {WORDS} words each assumed: ConflictScope is not downloaded yet"
+    if data.prompts == "github" and missing_downloads():
+        text, count = " ".join(["value"] * WORDS), data.sft_prompts + data.heldout_prompts
+        return [Prompt(f"stand-in {i}", f"{text} {i}", "", "a", "b", "") for i in range(count)], f"{count} prompts of {WORDS} words each assumed: ConflictScope is not downloaded yet"
     return [p for p in drawn(source_prompts(data), data) if p.split in ("sft", "heldout")], ""
 
 
 def bill(settings: Settings) -> str:
     "The plan's part about teachers."
-    traces = settings["geometry.traces"]
-    models = {name: settings[f"teacher.{name}"] for name in traces.teachers if name != "rules"}
-    if not models:
-        return "\n".join(cost_lines([], {}, traces.cap, 0.0))
+    traces, models = settings["geometry.traces"], teachers_of(settings)
     prompts, remark = planned_prompts(settings)
-    desks = {name: desk_of(name, model) for name, model in models.items()}
-    templates = read_templates(root() / traces.templates) if traces.templates else None
-    mine = [p for p in prompts if assigned(p, traces.teachers) in models]
-    wants = wanted(mine, ("standard", "annealing"), lambda p: desks[assigned(p, traces.teachers)], traces.words, templates)
-    path = outputs() / "cache" / "replies.sqlite"
-    if path.exists():
-        with Cache(path) as cache:
+    wants = questions(settings, prompts)
+    if replies_path().exists():
+        with Cache(replies_path()) as cache:
             rows, spent = estimate(wants, models, cache, traces.words), cache.spent
     else:
         rows, spent = estimate(wants, models, None, traces.words), 0.0
@@ -53,16 +41,7 @@ def bill(settings: Settings) -> str:
 # %% ../../nbs/teacher/46_bill.ipynb #c2a7cdb4
 def main(argv: list[str]) -> int:  # exit status
     "`python -m valuecot.teacher.bill --profile paper --set '...'`"
-    parser = argparse.ArgumentParser(prog="valuecot.teacher.bill", description="What teachers would be asked, and what it would cost; sends nothing.")
-    parser.add_argument("--profile", default="tiny", help="tiny, small or paper")
-    parser.add_argument("--set", default="", dest="overrides", help="section.key=value ...")
-    asked = parser.parse_args(argv)
-    try:
-        print(bill(load(asked.profile, asked.overrides)))
-    except (KeyError, ValueError, OSError) as error:
-        print(f"error: {error.args[0] if error.args else error}", file=sys.stderr)
-        return 2
-    return 0
+    return tell(argv, "valuecot.teacher.bill", "What teachers would be asked, and what it would cost; sends nothing.", bill)
 
 # %% ../../nbs/teacher/46_bill.ipynb #0d353f5e
 if __name__ == "__main__" and "__file__" in globals():  # as a module, not in a notebook

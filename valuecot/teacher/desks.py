@@ -5,23 +5,68 @@
 # %% ../../nbs/teacher/45_desks.ipynb #4a22f0a9
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
-from ..providers.asking import Live
+from ..data import details
+from ..providers.asking import Backend, Live
 from ..providers.cache import Cache
+from ..providers.local import Local
 from ..providers.prices import Price
-from ..providers.wire import WIRES
-from ..settings import TeacherModel
+from ..providers.requests import Failed, Reply, Request
+from ..settings import Settings, TeacherModel, outputs, root
 from ..store import digest
-from .asked import Desk, Wanted
+from . import rules, styles
+from .asked import Desk, Wanted, wanted
+from .schemas import as_reply
+from .templates import read_templates
 from ..types import Prompt
 
 # %% auto #0
-__all__ = ['BYTES', 'THOUGHT', 'desk_of', 'assigned', 'price_of', 'backends', 'estimate', 'cost_lines']
+__all__ = ['WRITTEN_BY', 'BYTES', 'THOUGHT', 'RulesDesk', 'Rules', 'desk_of', 'assigned', 'teachers_of', 'questions',
+           'replies_path', 'price_of', 'backend_of', 'backends', 'estimate', 'cost_lines']
+
+# %% ../../nbs/teacher/45_desks.ipynb #f519f260
+WRITTEN_BY = "rules-" + digest([inspect.getsource(m) for m in (rules, styles, details)], 8)  # other rules are another teacher: their old replies do not answer for them
+
+
+@dataclass(frozen=True)
+class RulesDesk(Desk):
+    "The offline teacher: a question says what the rules need to know, and no template."
+
+    def question(self, prompt: Prompt, style: str, words: int | None, templates: dict[str, str] | None = None) -> Request:
+        "A question to the rules."
+        if not rules.WORDS[0] <= words <= rules.WORDS[1]:
+            raise ValueError(f"the rules teacher writes {rules.WORDS[0]} to {rules.WORDS[1]} words, asked for {words}: change geometry.traces.words")
+        told = {"id": prompt.id, "value_1": prompt.value_1, "value_2": prompt.value_2, "style": style, "words": words}
+        return Request(self.provider, self.model, (("user", prompt.text),), self.max_tokens, told)
+
+
+class Rules:
+    "The offline teacher as a backend: the same question, the same reply, on every machine."
+
+    connections, price = 8, Price(0.0, 0.0)
+
+    async def ask(self, request: Request) -> Reply:
+        "A trace by rules, as the object that any teacher is asked for."
+        told = request.parameters
+        prompt = Prompt(told["id"], request.messages[0][1], "", told["value_1"], told["value_2"], "")
+        try:
+            trace = rules.write_trace(prompt, told["style"], told["words"], seed=0)
+            return Reply(as_reply(trace).model_dump_json(), request.model, 0, 0, "stop")
+        except ValueError as error:  # too short to quote from, or it holds a mark of the layout
+            raise Failed(" ".join(str(error).split()), lasting=True) from None
+
+    async def close(self) -> None:
+        "Nothing is open."
 
 # %% ../../nbs/teacher/45_desks.ipynb #09e0caad
 def desk_of(name: str, model: TeacherModel) -> Desk:
     "How a teacher is asked."
+    if model.provider == "rules":
+        return RulesDesk(name, "rules", WRITTEN_BY, model.max_tokens)
     return Desk(name, model.provider, model.model, model.max_tokens, (("effort", model.effort),) if model.effort else ())
 
 
@@ -30,19 +75,49 @@ def assigned(prompt: Prompt, teachers: tuple[str, ...]) -> str:
     return teachers[int(digest(prompt.id), 16) % len(teachers)]
 
 
+def teachers_of(settings: Settings) -> dict[str, TeacherModel]:
+    "The teachers of the geometry study, by name."
+    return {name: settings[f"teacher.{name}"] for name in settings["geometry.traces"].teachers}
+
+
+def questions(settings: Settings, prompts: Iterable[Prompt]) -> list[Wanted]:
+    "Everything that the study asks about `prompts`: one question for each style, to the prompt's teacher."
+    traces = settings["geometry.traces"]
+    desks = {name: desk_of(name, model) for name, model in teachers_of(settings).items()}
+    templates = read_templates(root() / traces.templates) if traces.templates else None
+    if templates and all(isinstance(desk, RulesDesk) for desk in desks.values()):
+        raise ValueError(f"geometry.traces.templates = {str(traces.templates)!r} would do nothing: the rules teacher reads no template")
+    return list(wanted(prompts, styles.ASKED, lambda p: desks[assigned(p, traces.teachers)], traces.words, templates))
+
+
+def replies_path() -> Path:
+    "The cache that all profiles share."
+    return outputs() / "cache" / "replies.sqlite"
+
+# %% ../../nbs/teacher/45_desks.ipynb #b05c4708
 def price_of(model: TeacherModel) -> Price:
     "Its price."
     return Price(model.input, model.output, model.batch)
 
 
-def backends(models: Iterable[TeacherModel]) -> tuple[dict[str, Live], dict[str, str]]:  # by provider/model: who can be asked; why the others cannot
-    "Live teachers; one without its key is left out, with the reason."
+def backend_of(model: TeacherModel) -> Backend:
+    "Who answers for a teacher."
+    if model.provider == "rules":
+        return Rules()
+    if model.provider == "transformers":
+        return Local(model.model, model.connections)
+    return Live(model.provider, price_of(model), model.base_url, model.connections, model.per_minute, model.tokens_per_minute, model.timeout)
+
+
+def backends(models: Iterable[TeacherModel]) -> tuple[dict[str, Backend], dict[str, str]]:  # by provider/model: who can be asked; why the others cannot
+    "Teachers; one without its key is left out, with the reason."
     found, missing = {}, {}
     for m in models:
+        who = f"rules/{WRITTEN_BY}" if m.provider == "rules" else f"{m.provider}/{m.model}"
         try:
-            found[f"{m.provider}/{m.model}"] = Live(m.provider, price_of(m), m.base_url, m.connections, m.per_minute, m.tokens_per_minute, m.timeout)
+            found[who] = backend_of(m)
         except ValueError as error:
-            missing[f"{m.provider}/{m.model}"] = str(error)
+            missing[who] = str(error)
     return found, missing
 
 # %% ../../nbs/teacher/45_desks.ipynb #1ea23349
@@ -74,11 +149,10 @@ def estimate(
 
 def cost_lines(rows: list[dict[str, object]], missing: dict[str, str], cap: float, spent: float) -> list[str]:
     "What a reader of the plan sees."
-    if not rows:
-        return ["teachers: rules only, nothing to pay"]
-    found = []
-    for r in rows:
+    paid = [r for r in rows if r["usd_at_most"] or r["teacher"] in missing]
+    found = [f"  {r['teacher']}: {r['questions']:,} questions, {r['on_disk']:,} of them on disk, nothing to pay" for r in rows if r not in paid]
+    for r in paid:
         found.append(f"  {r['teacher']}: {r['questions']:,} questions, {r['on_disk']:,} of them on disk; likely ${r['usd_likely']:.2f} ({r['input_tokens_likely']:,} tokens in, {r['output_tokens_likely']:,} out, a guess), at most ${r['usd_at_most']:.2f}")
     likely, most = sum(r["usd_likely"] for r in rows), sum(r["usd_at_most"] for r in rows)
-    head = f"teachers: likely ${likely:.2f}, at most ${most:.2f} at list prices; half in a batch; spent so far ${spent:.2f}; nothing is sent that could pass the cap of ${cap:.2f}"
+    head = f"teachers: likely ${likely:.2f}, at most ${most:.2f} at list prices; spent so far ${spent:.2f}; nothing is sent that could pass the cap of ${cap:.2f}" if paid else "teachers: nothing to pay"
     return [head, *found, *(f"  {reason}" for reason in missing.values())]

@@ -15,8 +15,7 @@ from ..types import Prompt, Trace
 
 # %% auto #0
 __all__ = ['VALUES', 'PRINCIPLES', 'EXPLORE', 'COOL', 'CONVERGE', 'REASON', 'ROLES', 'RESPONSES', 'WORDS', 'Value', 'value',
-           'in_order', 'choose', 'fillings', 'sentence', 'Line', 'draft', 'fit', 'write_phases', 'write_trace',
-           'RuleTeacher']
+           'in_order', 'choose', 'fillings', 'sentence', 'Line', 'draft', 'fit', 'write_phases', 'write_trace']
 
 # %% ../../nbs/teacher/42_rules.ipynb #f25ea282
 class Value(NamedTuple):
@@ -270,20 +269,3 @@ def write_trace(
     wording = random.Random(f"response {seed} {prompt.id}").choice(RESPONSES)  # the same for every style of a prompt
     response = re.sub(r"\{(\w+)\}", lambda m: fill[m[1]], wording)
     return Trace(prompt.id, style, "rules", fill["v1"], fill["v2"], phases, assemble(style, phases), response)
-
-# %% ../../nbs/teacher/42_rules.ipynb #983fceb9
-class RuleTeacher:
-    "The offline teacher of this notebook."
-
-    name = "rules"
-
-    def __init__(
-        self,
-        words: int = 70,  # of the reasoning
-        seed: int = 0,
-    ):
-        self.words, self.seed = words, seed
-
-    def trace(self, prompt: Prompt, style: str) -> Trace:
-        "A trace by rules."
-        return write_trace(prompt, style, self.words, self.seed)

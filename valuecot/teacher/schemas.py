@@ -14,7 +14,7 @@ from ..types import Prompt, Trace
 
 # %% auto #0
 __all__ = ['Words', 'Name', 'SCHEMAS', 'words', 'short_name', 'Form', 'Values', 'Reasoned', 'StandardReply', 'Phases',
-           'AnnealingReply', 'as_trace']
+           'AnnealingReply', 'as_trace', 'as_reply']
 
 # %% ../../nbs/teacher/43_schemas.ipynb #7ad8eb22
 def words(text: str) -> str:
@@ -101,3 +101,13 @@ def as_trace(
     "The trace that a reply holds."
     phases, response = reply.parts()
     return Trace(prompt.id, style, teacher, reply.values.value_1, reply.values.value_2, phases, assemble(style, phases), response)
+
+# %% ../../nbs/teacher/43_schemas.ipynb #fe1890f3
+def as_reply(trace: Trace) -> StandardReply | AnnealingReply:
+    "The object that a trace would have been read from."
+    told = {"values": {"value_1": trace.value_1, "value_2": trace.value_2}}
+    if trace.style == "standard":
+        return StandardReply(**told, response={"cot": trace.phases[0], "final_response": trace.response})
+    if trace.style == "annealing":
+        return AnnealingReply(**told, annealing_cot=dict(zip(Phases.model_fields, trace.phases, strict=True)), final_model_response=trace.response)
+    raise ValueError(f"no teacher is asked for style {trace.style!r}: it is made from {', '.join(SCHEMAS)}")

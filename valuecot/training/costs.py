@@ -5,7 +5,6 @@
 # %% ../../nbs/training/56_costs.ipynb #01fc1ca4
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -16,12 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..curvature.hessian import free_memory
 from ..curvature.planner import Cost, predict
 from ..data.sources import foreseen
-from ..settings import ModelShape, Settings, load
+from ..settings import ModelShape, Settings, tell
 from .models import shape_config
 
 # %% auto #0
 __all__ = ['PRODUCTS', 'shape_of', 'cost_of', 'rate_here', 'memory_here', 'bytes_text', 'time_text', 'lines', 'report',
-           'text_length', 'main']
+           'text_length', 'foretold', 'main']
 
 # %% ../../nbs/training/56_costs.ipynb #ee588aae
 def shape_of(name: str, shape: ModelShape):  # -> config, where it was read
@@ -120,22 +119,15 @@ def text_length(settings: Settings, words: int) -> int:  # tokens
     return round(1.4 * (words + 1.5 * settings["geometry.traces"].words))
 
 # %% ../../nbs/training/56_costs.ipynb #66b8b1a6
+def foretold(settings: Settings) -> str:
+    "Prompts, memory and time."
+    line, words = foreseen(settings["geometry"])
+    return f"{line}\n{report(settings, text_length(settings, words))}"
+
+
 def main(argv: list[str]) -> int:  # exit status
     "`python -m valuecot.training.costs --profile paper --set '...'`"
-    parser = argparse.ArgumentParser(prog="valuecot.training.costs", description="Prompts, memory and time of the study's curvature; allocates and downloads nothing.")
-    parser.add_argument("--profile", default="tiny", help="tiny, small or paper")
-    parser.add_argument("--set", default="", dest="overrides", help="section.key=value ...")
-    parser.add_argument("--tokens", type=int, default=0, help="length of a text; guessed from the prompts and settings if left out")
-    asked = parser.parse_args(argv)
-    try:
-        settings = load(asked.profile, asked.overrides)
-        line, words = foreseen(settings["geometry"])
-        print(line)
-        print(report(settings, asked.tokens or text_length(settings, words)))
-    except (KeyError, ValueError, OSError) as error:
-        print(f"error: {error.args[0] if error.args else error}", file=sys.stderr)
-        return 2
-    return 0
+    return tell(argv, "valuecot.training.costs", "Prompts, memory and time of the study's curvature; allocates and downloads nothing.", foretold)
 
 # %% ../../nbs/training/56_costs.ipynb #b1161810
 if __name__ == "__main__" and "__file__" in globals():  # as a module, not in a notebook
