@@ -125,6 +125,14 @@ rule traces:
     shell: CALL
 
 
+rule audit:
+    input: needs("audit")
+    output: made("audit")
+    params: job=path_of("audit")
+    log: log_of("audit")
+    shell: CALL
+
+
 rule spectrum:
     input: needs("spectrum")
     output: made("spectrum")

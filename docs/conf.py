@@ -16,7 +16,7 @@ html_theme = "sphinx_book_theme"
 html_title = "valuecot companion"
 html_static_path = ["_static"]
 html_css_files = ["print.css"]
-html_js_files = [("figures.js", {"defer": "defer"})]
+html_js_files = [("figures.js", {"defer": "defer"}), ("browser.js", {"defer": "defer"})]
 mathjax_path = "mathjax/tex-mml-chtml.js"  # copied beside the pages: no CDN
 html_theme_options = {
     "announcement": "",  # the build says here what a small profile cannot prove

@@ -1,15 +1,22 @@
 """The audit of teachers: each fault planted into traces over real and over our own prompts."""
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
+
 from valuecot.data.conflictscope import load_folder
 from valuecot.data.world import generate
+from valuecot.geometry import audit as audit_stage
+from valuecot.store import read_json
+from valuecot.teacher.asked import Quarantined
 from valuecot.teacher.audit import CHECKS, audit, rates
 from valuecot.teacher.rules import write_trace
 from valuecot.teacher.styles import assemble, sentences
+from valuecot.view.browser import PAGES
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "conflictscope"
 N = 300
@@ -98,3 +105,32 @@ def test_rates_count_traces_and_not_findings():
     traces[0] = replace(traces[0], value_1="one two three four", value_2="five six seven eight")
     row = next(r for r in rates(audit(prompts, traces), traces) if r["kind"] == "a value's name is too long")
     assert (row["traces"], row["of"]) == (1, 3)
+
+
+# ------------------------------------------------------------------------- the stage
+
+
+def test_the_page_counts_what_the_traces_hold(outputs):
+    folder = outputs / "test" / "geometry" / "audit" / "all" / "all" / "all"
+    faults, lengths, apart = (pd.read_csv(folder / f"{name}.csv") for name in ("faults", "lengths", "length_differences"))
+    counts = read_json(folder / "run.json")["counts"]
+    assert faults.groupby("style")["of"].first().sum() == counts["traces"] and (faults["low_95"] <= faults["share"]).all()
+    assert set(lengths["style"]) >= {"standard", "annealing", "reversed", "final"} and apart["prompts"].sum() == counts["traces"] / 2
+    notebook = json.loads((folder / "run.ipynb").read_text())
+    pages = [o["data"][PAGES] for c in notebook["cells"] for o in c.get("outputs", []) if PAGES in o.get("data", {})]
+    assert len(pages) == 1 and len(pages[0]) == counts["traces"] / 2 and pages[0][0]["marks"][0][0] == "values"
+
+
+def test_what_was_put_aside_is_on_the_page_with_its_reason():
+    prompts = generate(3, seed=0)
+    traces = [write_trace(p, s, 60, 0) for p in prompts for s in ("standard", "annealing")][:-1]
+    aside = [Quarantined(prompts[2].id, "annealing", "rules", "no JSON object in the reply <b>", "")]
+    found = audit_stage.entries(prompts, traces, audit(prompts, traces), aside)
+    assert len(found) == 3 and "put aside" in found[2].marks["audit saw"] and "reply &lt;b&gt;" in found[2].body.text and found[0].marks["audit saw"] == ("nothing",)
+    rows = audit_stage.length_rows(traces)
+    assert audit_stage.difference_table(rows)["prompts"].tolist() == [2]  # the pair that is not whole is no pair
+
+
+def test_an_audit_of_nothing_says_so():
+    table = audit_stage.fault_table([], [write_trace(generate(1, seed=0)[0], "standard", 60, 0)])
+    assert table["traces"].sum() == 0 and audit_stage.seen_table(table).empty and audit_stage.examples([]).empty

@@ -1,7 +1,9 @@
 """The companion, built once from a fake profile and read back."""
 
+import base64
 import json
 import re
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,8 +14,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from valuecot.companion import pages
 from valuecot.settings import root
 from valuecot.types import Landscape, Prompt, Trace
+from valuecot.view.browser import SCRIPT, Browser, Entry
 from valuecot.view.landscapes import contours, surfaces
-from valuecot.view.tables import traces_table
+from valuecot.view.tables import Html, traces_table
 
 ARMS = {"base": (800.0, 300.0), "standard": (260.0, 90.0), "annealing": (230.0, 100.0)}
 HOSTILE = "<script>alert('planted')</script><img src=http://evil.example/x.png>"
@@ -83,6 +86,8 @@ def fake_profile(base: Path) -> Path:
         drawn = [f(planes, ARMS, f"{kind}, {model}", "Profile tiny, n = 24, seed 0.") for f, kind in ((surfaces, "Surfaces"), (contours, "Contours"))]
         cells += [new_markdown_cell(f"## {model}"), new_code_cell("figures()", outputs=[bundle(f) for f in drawn])]
     more = '<table><tr><td><a href="run:spectrum/qwen/base/seed0">run</a></td><td onclick="x()">v</td></tr></table>' + HOSTILE
+    texts = Browser((Entry("a-1", {"teacher": ("rules",)}, Html("<p>Ask her.</p>" + HOSTILE)), Entry("a-2", {"teacher": ("gpt",)}, Html("<p>Ask him.</p>" + HOSTILE))))
+    cells += [new_markdown_cell("## Texts"), new_code_cell("b", outputs=[new_output("display_data", texts._repr_mimebundle_())])]
     cells += [new_markdown_cell("## Traces"), new_code_cell("t", outputs=[html_output(str(traces_table(prompt, traces))), html_output(more)])]
     write_run(profile / "geometry" / "report", cells, card=dict(stage="report", study="geometry", profile="tiny", seconds=3, revision="0123456789abcdef", dirty=True))
     (profile / "geometry" / "report" / "lambda.csv").write_text("model,lambda_1 (nats)\nllama,1\n")
@@ -130,6 +135,17 @@ class Loads(HTMLParser):
     def handle_data(self, data):
         if self.inside:
             self.scripts.append(data)
+
+
+def test_texts_to_page_through_are_cleaned_before_they_are_packed(site):
+    text = read(site, "runs/geometry/report.html")
+    packed = re.search(r'<script type="text/plain">([^<]*)</script>', text)[1]
+    rows = json.loads(zlib.decompress(base64.b64decode(packed)))
+    assert [r["title"] for r in rows] == ["a-1", "a-2"] and "Ask him." in rows[1]["body"]
+    for row in rows:
+        found = Loads(row["body"])
+        assert not found.loads and not found.handlers and not found.scripts and "<script" not in row["body"]
+    assert (site / "_static" / "browser.js").read_text() == SCRIPT and "browser.js" in text and SCRIPT not in text
 
 
 def test_every_run_has_a_page(site):

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +18,7 @@ import torch
 from valuecot.geometry import report
 from valuecot.settings import load
 from valuecot.types import Arm, Landscape, Prompt, Rollout, Trace
-from valuecot.view import curves, landscapes, tables, theme
+from valuecot.view import browser, curves, landscapes, lengths, tables, theme
 
 T = torch.linspace(-0.05, 0.05, 15)
 EIGENVALUES = {"Base": (800.0, 300.0), "Standard": (260.0, 90.0), "Annealing": (230.0, 100.0)}
@@ -357,3 +358,66 @@ def test_quotations():
     assert found("'don't want it' is said", "I don't want it now") == ["don't want it"]
     assert found('"up to" and ‘urgent,’ too', "urgent up to 5") == ["up to", "urgent"]
     assert found("'absent'", "present") == [] and found("'" * 50, "x") == []
+
+
+# ------------------------------------------------------------------------------ texts to page through
+
+
+def entry(i: int, teacher: str, *seen: str):
+    return browser.Entry(f"prompt {i}", {"teacher": (teacher,), "seen": seen}, tables.Html(f"<p>text of {i} &lt;b&gt;</p>"))
+
+
+ENTRIES = (entry(0, "rules"), entry(1, "gpt", "refusal"), entry(2, "rules", "refusal", "hard words"), entry(3, "rules", "refusal"))
+READER = """
+const lists = [...document.querySelectorAll("select")], told = [], box = document.querySelector(".vc-browser");
+const note = () => told.push([".vc-title", "output", ".vc-entry"].map(s => box.querySelector(s).textContent).join("|"));
+const wait = setInterval(() => {
+  if (!box.querySelector("output").textContent) return;
+  clearInterval(wait);
+  note();
+  lists[0].value = "rules"; lists[0].dispatchEvent(new Event("change")); note();
+  lists[1].value = "refusal"; lists[1].dispatchEvent(new Event("change")); note();
+  box.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight"})); note();
+  box.querySelector(".vc-on").click(); note();
+  lists[0].value = "gpt"; lists[1].value = "hard words"; lists[1].dispatchEvent(new Event("change")); note();
+  document.body.textContent = "TOLD" + JSON.stringify(told) + "END";
+}, 20);
+"""
+
+
+def test_a_reader_filters_and_turns_pages(tmp_path):
+    if not shutil.which("chromium"):
+        pytest.skip("chromium is not installed")
+    page = tmp_path / "page.html"
+    html = browser.Browser(ENTRIES)._repr_mimebundle_()["text/html"]
+    page.write_text(f"<!doctype html><meta charset=utf-8><body>{html}<script>{READER}</script></body>")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={tmp_path / 'user'}", "--virtual-time-budget=5000", "--dump-dom"]
+    dom = subprocess.run(["chromium", *flags, page.as_uri()], capture_output=True, text=True, timeout=120).stdout
+    told = json.loads(re.search("TOLD(.*)END", dom)[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert told == [
+        "prompt 0|1 of 4|text of 0 <b>", "prompt 0|1 of 3|text of 0 <b>", "prompt 2|1 of 2|text of 2 <b>",
+        "prompt 3|2 of 2|text of 3 <b>", "prompt 3|2 of 2|text of 3 <b>", "Nothing has all of these.|none|",
+    ]  # fmt: skip
+
+
+def test_lists_offer_what_there_is_and_say_how_often():
+    html = browser.browser_html(browser.Browser(ENTRIES).rows())
+    assert re.findall(r"<option[^>]*>([^<]*)", html) == ["all (4)", "rules (3)", "gpt (1)", "all (4)", "refusal (3)", "hard words (1)"]
+    assert html.index("<label>teacher") < html.index("<label>seen") and "text of 0" in html and "text of 1" not in html
+
+
+def test_three_thousand_texts_fit_into_a_page():
+    prompt = Prompt("p", "I promised my son " * 40, "x", "a", "b", "")
+    rng = np.random.default_rng(0)
+    words = ["w" + str(i) for i in range(4000)]
+    many = tuple(browser.Entry(str(i), {"teacher": ("rules",)}, tables.traces_table(prompt, [Trace("p", "standard", "rules", "a", "b", (text := " ".join(rng.choice(words, 150)),), text, "Ask.")])) for i in range(2900))
+    assert len(browser.browser_html(browser.Browser(many).rows())) < 4e6
+
+
+def test_lengths_are_drawn_as_they_are():
+    rows = pd.DataFrame([{"teacher": t, "style": s, "words": w} for t in ("one", "two") for s, ws in (("standard", (10, 20, 20, 40)), ("annealing", (10, 20, 20, 40))) for w in ws])
+    figure = lengths.lengths_figure(rows, "Lengths", "made up")
+    first = figure.plotly["data"][0]
+    assert (first["x"], first["y"]) == ([10, 10, 20, 40], [0, 0.25, 0.75, 1.0]) and len(figure.plotly["data"]) == 4
+    assert sum(d["showlegend"] for d in figure.plotly["data"]) == 2 and pixels(figure).std() > 0
+    go.Figure(figure.plotly)

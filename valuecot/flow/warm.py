@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 
 from .fingerprints import code_of, fingerprint, notebooks, reached
+from .plan import declaration
 
 # %% auto #0
 __all__ = ['shell', 'run_cell', 'engine', 'use_here', 'preload', 'work', 'serve', 'server', 'ask']
@@ -106,10 +107,10 @@ def preload() -> None:
     "Import what the stage notebooks import."
     for library in ("papermill", "pandas", "IPython.core.interactiveshell", "matplotlib_inline.backend_inline", "matplotlib.pyplot", "seaborn"):
         importlib.import_module(library)
-    stages = [p for p in notebooks() if p.parent.name in ("stages", "geometry", "steerable")]
-    modules = sorted({m for p in stages for m in reached(code_of(p))})
+    stages = [stage for p in notebooks() if p.parent.name in ("stages", "geometry", "steerable") and (stage := declaration(p))]
+    modules = sorted({m for stage in stages for m in reached(code_of(stage.notebook))})
     for stage in stages:
-        fingerprint(stage, stage.stem.endswith("report"))  # of the code that is loaded now; forks inherit it
+        fingerprint(stage.notebook, stage.report)  # of the code that is loaded now; forks inherit it
     for module in [*modules, "transformers.models.llama.modeling_llama", "transformers.models.qwen3_5.modeling_qwen3_5"]:
         importlib.import_module(module)
 
