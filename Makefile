@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL = help
-.PHONY: help env study plan dry test prove peers bench companion lab export clean-outputs
+.PHONY: help env study plan dry test prove peers bench publish companion lab export clean-outputs
 
 help:      ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -55,6 +55,9 @@ peers: env ## other curvature packages, for benchmarks and tests, without their 
 
 bench: env peers ## side by side: curvature against its peers, the study against its budget -> outputs/bench/ (ARGS="curvature")
 	@$(PY) benchmarks/budget.py $(ARGS)
+
+publish: env ## send the traces of PROFILE to the Hugging Face hub, as the private data set REPO=owner/name
+	@$(PY) -m valuecot.geometry.release $(PROFILE) "$(REPO)"
 
 companion: env ## build the pages again from what was run
 	@$(PY) -m valuecot.companion.pages $(PROFILE)

@@ -133,6 +133,14 @@ rule audit:
     shell: CALL
 
 
+rule release:
+    input: needs("release")
+    output: made("release")
+    params: job=path_of("release")
+    log: log_of("release")
+    shell: CALL
+
+
 rule spectrum:
     input: needs("spectrum")
     output: made("spectrum")

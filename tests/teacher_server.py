@@ -123,6 +123,12 @@ class Server:
         model = request.match_info["model"]
         return await self.answer(request, model, body["contents"][0]["parts"][0]["text"], google_answer)
 
+    async def refused(self, request: web.Request) -> web.Response:
+        "A server that repeats the caller's key."
+        self.counts["requests"] += 1
+        self.headers = [*self.headers[-9:], dict(request.headers)]
+        return web.json_response({"error": {"message": f"{request.headers.get('Authorization')} is not welcome"}}, status=400)
+
     async def told(self, request: web.Request) -> web.Response:
         return web.json_response({"counts": self.counts, "bodies": self.bodies, "headers": self.headers})
 
@@ -130,7 +136,7 @@ class Server:
         app = web.Application()
         app.add_routes([
             web.post("/v1/chat/completions", self.openai), web.post("/v1/messages", self.anthropic),
-            web.post("/v1/models/{model}:generateContent", self.google), web.get("/counts", self.told),
+            web.post("/v1/models/{model}:generateContent", self.google), web.get("/counts", self.told), web.post("/refused/chat/completions", self.refused),
         ])  # fmt: skip
         return app
 

@@ -1,6 +1,7 @@
 """Questions, the cache of replies, prices and asking: against a server that speaks the providers' formats and fails on demand."""
 
 import asyncio
+import gzip
 import json
 import multiprocessing
 import os
@@ -16,8 +17,10 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from pydantic import BaseModel, ConfigDict
+from valuecot.companion import pages
 from valuecot.data.world import generate
 from valuecot.providers.asking import Live, Policy, ask_all, seconds
 from valuecot.providers.cache import Cache, Writer, export_replies, import_replies
@@ -564,6 +567,37 @@ def test_a_killed_run_goes_on_and_knows_what_it_sent(tmp_path):
 @pytest.mark.parametrize("seed", range(3))
 def test_a_thousand_prompts_ten_kills_all_faults(tmp_path, seed):
     check_kills(tmp_path, 1000, 10, seed, rate_limited=0.1, broken=0.05, reset=0.02, malformed=0.03)
+
+
+def unpacked(path: Path) -> bytes:
+    "A file, and what it holds where it is packed."
+    raw = path.read_bytes()
+    if path.suffix == ".gz":
+        return raw + gzip.decompress(raw)
+    return raw + pyarrow.parquet.read_table(path).to_pandas().to_csv().encode() if path.suffix == ".parquet" else raw
+
+
+def test_a_key_is_in_no_file_of_a_study(prompts_only, monkeypatch):
+    "Stages, their notebooks and logs, the release and the pages, where a server wants the key and repeats it in its refusals."
+    monkeypatch.setenv("SERVER_API_KEY", KEY)
+    monkeypatch.setenv("VALUECOT_OUTPUTS", str(prompts_only))
+    with server(rate_limited=0.2) as (root, told):
+        for name in ("traces", "audit", "release"):
+            overrides = f"geometry.traces.teachers=rules,local teacher.local.base_url={root}/refused teacher.local.model=m"
+            done = subprocess.run([sys.executable, "-m", "valuecot.flow.run", "test", f"geometry/{name}/all/all/all", overrides], capture_output=True, text=True)
+            assert done.returncode == 0 and KEY not in done.stdout + done.stderr, done.stderr
+        assert told()["headers"][-1].get("Authorization") == f"Bearer {KEY}"
+        pages.build(prompts_only / "test")
+    files = [p for p in prompts_only.rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} >= {".sqlite", ".gz", ".parquet", ".ipynb", ".html", ".json", ".jsonl", ".csv"}
+    said = {p: unpacked(p) for p in files}
+    assert [p for p, text in said.items() if KEY.encode() in text] == []
+    assert sum(b"Bearer [key] is not welcome" in text for text in said.values()) > 5  # the refusal itself is everywhere
+
+
+def test_a_study_whose_teachers_all_refuse_stops_and_says_why(prompts_only, tmp_path, monkeypatch):
+    with server() as (root, told), pytest.raises(RuntimeError, match="no trace came of 72 questions .*is not welcome"):
+        stage_run(prompts_only, tmp_path / "a", f"{root}/refused", monkeypatch)
 
 
 # ------------------------------------------------------------------------- on this machine

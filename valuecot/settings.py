@@ -61,6 +61,7 @@ class Data:
     "[geometry]: the prompts and how they are split."
 
     prompts: Source  # "embedded", "github" or a folder
+    licence: str  # of a folder's prompts, as the hub spells it; "": not known
     sft_prompts: int
     grpo_prompts: int
     heldout_prompts: int

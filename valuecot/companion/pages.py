@@ -42,6 +42,7 @@ STAGES = {  # in the order of the data flow; a stage that is not here comes last
     "prompts": "Prompts",
     "traces": "Teacher traces",
     "audit": "Audit of the traces",
+    "release": "Traces for others",
     "base_model": "Base model",
     "sft": "SFT",
     "reward_model": "Reward model",

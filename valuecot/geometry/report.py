@@ -24,8 +24,8 @@ from ..view.theme import Figure
 
 # %% auto #0
 __all__ = ['stage', 'titles', 'collect', 'write_table', 'sources', 'spread', 'eigenvalue_table', 'paired', 'shown', 'evidence',
-           'landscape_figure', 'landscape_figures', 'history', 'curves', 'sample_table', 'table_3', 'table_4',
-           'text_rows', 'run_report']
+           'landscape_figure', 'landscape_figures', 'history', 'curves', 'teacher_table', 'sample_table', 'table_3',
+           'table_4', 'text_rows', 'run_report']
 
 # %% ../../nbs/geometry/90_report.ipynb #b5f2d284
 stage = Stage(
@@ -169,6 +169,15 @@ def curves(run: Run, stage: str, metrics: tuple[str, ...]) -> pd.DataFrame:  # m
     return pd.DataFrame(found)
 
 
+def teacher_table(run: Run) -> pd.DataFrame:
+    "The same samples by the teacher of their prompt: an arm's effect should not be one teacher's."
+    _, traces = read_traces(run.inputs["prompts/all/all/all"], run.inputs["traces/all/all/all"])
+    teacher = {t.prompt_id: t.teacher for t in traces}
+    rows = collect(run, "samples", lambda folder: [{"teacher": teacher[r.prompt_id], "well_formed": r.well_formed, "reward": r.reward, "words": len(r.completion.split())} for r in read_records(folder / "rollouts.jsonl", Rollout) if r.prompt_id in teacher])
+    by = rows.groupby(["model", "arm", "teacher"], sort=False)
+    return by.agg(samples=("words", "size"), well_formed=("well_formed", "mean"), reward=("reward", "mean"), words=("words", "mean")).reset_index()
+
+
 def sample_table(run: Run) -> pd.DataFrame:
     "What each arm writes on held-out prompts, with its errors."
     rows = collect(run, "samples", lambda folder: [read_json(folder / "summary.json")])
@@ -213,6 +222,7 @@ def run_report(run: Run) -> dict[str, object]:  # name -> table or figure
             made[name] = write_table(run, name, eigenvalue_table(rows, model, settings))
     made["table3"], made["table4"] = (write_table(run, name, table) for name, table in zip(("table3", "table4"), text_rows(run), strict=True))
     made["samples"] = write_table(run, "samples", sample_table(run))
+    made["samples_by_teacher"] = write_table(run, "samples_by_teacher", teacher_table(run))
     made["checks"] = write_table(run, "landscape_checks", collect(run, "landscape", lambda folder: read_json(folder / "checks.json")))
     made["curves"] = write_table(run, "curves", pd.concat([curves(run, "sft", ("loss",)), curves(run, "grpo", ("loss", "reward", "kl", "completion_length"))]))
     made |= landscape_figures(run)

@@ -32,6 +32,9 @@ def complete(found: Collected, missing: dict[str, str], cache: Cache, cap: float
         reasons = Counter(f.reason for f in failed).most_common(3)
         said = "; ".join([f"{n} x {reason}" for reason, n in reasons] + list(missing.values()))
         raise RuntimeError(f"{len(failed)} questions have no reply yet ({said}); {kept}")
+    if not found.traces:
+        reasons = Counter(q.reason for q in found.aside).most_common(3)
+        raise RuntimeError(f"no trace came of {len(found.aside)} questions ({'; '.join(f'{n} x {reason}' for reason, n in reasons)})")
 
 # %% ../../nbs/geometry/20_traces.ipynb #1c277803
 def replies(run: Run, prompts: list[Prompt]) -> Collected:
