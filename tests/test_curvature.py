@@ -549,6 +549,40 @@ def test_a_spent_budget_says_so():
     assert any("pair 2 not converged" in w and "after 6 products" in w for w in found.warnings)
 
 
+class Cheap(MatrixOperator):
+    "Products that are wrong by more than the tolerance."
+
+    def __init__(self, matrix, exact):
+        super().__init__(matrix)
+        self.exact = exact
+
+
+def test_a_cheap_search_that_goes_no_further_says_so():
+    A = torch.diag(torch.linspace(1, 100, 900, dtype=torch.float64))
+    noise = torch.randn(900, 900, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = top_eigenpairs(Cheap(A + 3 * (noise + noise.T), MatrixOperator(A)), tol=1e-6, max_matvecs=60)
+    assert not found.converged.all() and any("search by cheap products goes no further" in note for note in found.warnings)
+    assert not any("cheap" in note for note in top_eigenpairs(MatrixOperator(A), tol=1e-6, max_matvecs=12).warnings)
+
+
+def test_a_bar_shows_products_and_the_estimated_residual(capsys):
+    H = MatrixOperator(torch.diag(torch.linspace(1, 100, 900, dtype=torch.float64)))
+    quiet = top_eigenpairs(H)
+    assert capsys.readouterr().err == ""
+    shown = top_eigenpairs(H, progress=True)
+    said = capsys.readouterr().err
+    assert "/200" in said and "residual about" in said and torch.equal(shown.eigenvalues, quiet.eigenvalues) and shown.matvecs == quiet.matvecs
+
+
+def test_a_text_longer_than_the_model_is_refused(model):
+    room = model.config.max_position_embeddings
+    ids = torch.ones(room + 1, dtype=torch.long)
+    LossHessian(model, [{"input_ids": ids, "labels": ids}])  # the last token is only predicted
+    long = torch.ones(room + 2, dtype=torch.long)
+    with pytest.raises(ValueError, match=f"example 1 reads {room + 1} tokens, the model's max_position_embeddings is {room}"):
+        LossHessian(model, [*texts(), {"input_ids": long, "labels": long}][-2:])
+
+
 def test_a_tolerance_below_float32_ends_early():
     H = matrix(spectra["random"])
     found = top_eigenpairs(H, tol=1e-12)
@@ -708,7 +742,7 @@ def test_a_loss_that_overflows_stays_infinite():
     [
         (torch.eye(3), [0.0], {}, r"2 eigenvectors \(2, n\), got shape \(3, 3\)"),
         (torch.eye(3)[0], [0.0], {}, "2 eigenvectors"),
-        (2 * torch.eye(3)[:2], [0.0], {}, "unit norm, got norms 2 and 2"),
+        (2 * torch.eye(3)[:2], [0.0], {}, "unit norm, got 2: axes"),
         (torch.eye(3)[[0, 0]], [0.0], {}, "orthogonal"),
         (torch.eye(3)[:2], [0.0, float("nan")], {}, "alphas must be a row of finite distances"),
         (torch.eye(3)[:2], [], {}, "alphas must be a row of finite distances"),

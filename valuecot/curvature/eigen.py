@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'ARPACK', 'next_is_settled', 'search', 'Certificate', 'sharpened', 'multiplied', 'certify', 'check',
-           'further', 'eigenpairs', 'remarks', 'evidence', 'slope_remark', 'as_spectrum', 'top_eigenpairs', 'both_ends']
+           'further', 'Found', 'eigenpairs', 'remarks', 'evidence', 'slope_remark', 'as_spectrum', 'bar_of', 'said_on',
+           'top_eigenpairs', 'both_ends']
 
 # %% ../../nbs/curvature/24_eigen.ipynb #ff9de5d4
+from collections.abc import Callable
+from dataclasses import dataclass
 from difflib import get_close_matches
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from .krylov import CHUNK, READINGS, Krylov, coefficients, norm, orthogonalize, ranking, relative_to, rotate
-from .operators import LinearOperator
+from .operators import LinearOperator, origin
 from ..types import Spectrum
 
 # %% ../../nbs/curvature/24_eigen.ipynb #b9fc9316
@@ -37,6 +41,7 @@ def search(
     which: str,
     limit: int,  # products to spend
     twice: bool,  # look once more from a fresh direction
+    told: Callable[[int, float], object] = lambda products, residual: None,  # after each product: how many, worst estimated residual
 ) -> float:  # value behind the wanted ones
     "Grow the space until the wanted pairs are estimated to be within `tol`, then once more from a fresh direction where due."
     before, behind, looking, broken = None, float("nan"), False, False
@@ -45,6 +50,7 @@ def search(
         broken = broken or krylov.next is None
         values, mix, errors = krylov.ritz(which, k)
         behind = float(values[k]) if krylov.m > k else behind
+        told(krylov.products, float((errors[:k] / relative_to(values[:k], krylov.scale)).max()))
         settled = False
         if krylov.m >= k:
             asked = torch.where(values[:k].abs() > 1e-6 * krylov.scale, 0.9 * tol * values[:k].abs(), 0.0)  # a value near zero: as well as can be
@@ -191,6 +197,21 @@ def further(
     return float(both[ranking(both, which, 1)[0]]) if len(both) else float("nan")
 
 
+@dataclass(frozen=True)
+class Found:
+    "Measured pairs, and what they took."
+
+    proof: Certificate  # vectors in its first k rows
+    values: Tensor  # (k,)
+    residuals: Tensor  # (k,), relative
+    errors: Tensor  # (k,), absolute
+    tol: Tensor  # (k,), asked for
+    behind: float  # the next Ritz value
+    matvecs: int
+    exact_matvecs: int
+    seed: int
+
+
 def eigenpairs(
     H: LinearOperator,
     k: int,
@@ -200,30 +221,32 @@ def eigenpairs(
     max_matvecs: int,
     basis: int | None,
     twice: bool,
-) -> tuple[Certificate, Tensor, Tensor, Tensor, float, dict[str, int]]:  # vectors in its first k rows; values, relative residuals, errors (k,) each; value behind, products spent
+    told: Callable[[int, float], object],  # as in `search`
+) -> Found:
     "Grow, measure, and go on while going on helps."
     exact = getattr(H, "exact", H)
     size = basis or (H.n if H.n <= SMALL else 2 * k + 6)
     krylov, best, measured, behind = Krylov(H, size, seed), float("inf"), 0, float("nan")
     while True:
-        behind = further(behind, search(krylov, k, tol, which, max_matvecs - measured - k, twice), which)
+        behind = further(behind, search(krylov, k, tol, which, max_matvecs - measured - k, twice, told), which)
         proof, values, residuals = certify(krylov, exact, k, tol, which, max_matvecs - measured - krylov.products)
         measured += proof.products
         excess = float((residuals / tol).max())
         over = krylov.products + measured + k + 1 > max_matvecs
         if excess <= 1 or excess > 0.5 * best or exact is not H or krylov.complete or over:
-            spent = {"matvecs": krylov.products + measured, "exact_matvecs": measured if exact is not H else krylov.products + measured}
-            return proof, values, residuals, residuals * relative_to(values, krylov.scale), behind, spent
+            spent = krylov.products + measured
+            return Found(proof, values, residuals, residuals * relative_to(values, krylov.scale), tol, behind, spent, measured if exact is not H else spent, seed)
         best = excess
         worst = int((residuals / tol).argmax())
         krylov.resume(proof.vectors[:k], values, proof.residual(worst, values[worst]).clone())
 
 # %% ../../nbs/curvature/24_eigen.ipynb #95aa8480
-def remarks(values: Tensor, residuals: Tensor, tol: Tensor, which: str, behind: float, spent: int) -> tuple[str, ...]:
+def remarks(values: Tensor, residuals: Tensor, tol: Tensor, which: str, behind: float, spent: int, exact: bool = True) -> tuple[str, ...]:
     "What a reader of these eigenpairs must know."
     notes = []
     for i in (residuals > tol).nonzero().flatten().tolist():
-        notes.append(f"pair {i + 1} not converged: residual {float(residuals[i]):.1e} > tol {float(tol[i]):.0e} after {spent} products")
+        why = "" if exact else "; the search by cheap products goes no further, one by exact products would"
+        notes.append(f"pair {i + 1} not converged: residual {float(residuals[i]):.1e} > tol {float(tol[i]):.0e} after {spent} products{why}")
     last = float(values[-1])
     if abs(behind - last) <= 0.05 * abs(last):
         notes.append(f"the next value {behind:.6g} is within 5 % of {last:.6g}: the last direction, and a plane through it, are ill-defined")
@@ -239,8 +262,7 @@ def evidence(H: LinearOperator) -> dict:
     return {
         "loss": getattr(H, "loss", float("nan")),
         "gradient_norm": norm(gradient()) if gradient else float("nan"),
-        "reduction": getattr(H, "reduction", ""),
-        "examples": getattr(H, "fingerprint", ""),
+        **origin(H),
     }
 
 
@@ -252,12 +274,28 @@ def slope_remark(known: dict, values: Tensor) -> tuple[str, ...]:
     return ()
 
 # %% ../../nbs/curvature/24_eigen.ipynb #77b70812
-def as_spectrum(proof: Certificate, values: Tensor, residuals: Tensor, errors: Tensor, tol: Tensor, rows: slice, which: str, behind: float, seed: int, spent: dict, known: dict) -> Spectrum:
-    "The noun for some rows of a certificate."
-    values, residuals, errors, tol = values[rows], residuals[rows], errors[rows], tol[rows]
-    notes = (*remarks(values, residuals, tol, which, behind, spent["matvecs"]), *(slope_remark(known, values) if which == "algebraic" else ()))
-    *pairs, errors = [part.to(proof.H.device) for part in (values, proof.vectors[rows].clone(), residuals, residuals <= tol, errors)]
-    return Spectrum(*pairs, **spent, error_bounds=errors, which=which, tol=float(tol.max()), next_value=behind, seed=seed, warnings=notes, **known)
+def as_spectrum(found: Found, rows: slice, which: str, known: dict) -> Spectrum:
+    "The noun for some rows of what was found."
+    values, residuals, errors, tol = (part[rows] for part in (found.values, found.residuals, found.errors, found.tol))
+    behind = float("nan") if which == "smallest" and rows.start else found.behind
+    notes = (*remarks(values, residuals, tol, which, behind, found.matvecs, found.exact_matvecs == found.matvecs), *(slope_remark(known, values) if which == "algebraic" else ()))
+    *pairs, errors = [part.to(found.proof.H.device) for part in (values, found.proof.vectors[rows].clone(), residuals, residuals <= tol, errors)]
+    spent = {"matvecs": found.matvecs, "exact_matvecs": found.exact_matvecs, "seed": found.seed}
+    return Spectrum(*pairs, **spent, error_bounds=errors, which=which, tol=float(tol.max()), next_value=behind, warnings=notes, **known)
+
+
+def bar_of(progress: bool, limit: int) -> tqdm:
+    "Products spent, of those allowed, and the residual that the search estimates."
+    return tqdm(total=limit, unit="product", disable=not progress, leave=False)
+
+
+def said_on(bar: tqdm) -> Callable[[int, float], object]:
+    "What `search` tells, shown on a bar."
+    def told(products: int, residual: float) -> None:
+        bar.set_postfix_str(f"residual about {residual:.0e}", refresh=False)
+        bar.update(products - bar.n)
+
+    return told
 
 
 def top_eigenpairs(
@@ -269,6 +307,7 @@ def top_eigenpairs(
     max_matvecs: int = 200,  # products to spend at most, measuring included
     basis: int | None = None,  # vectors held by the search; 2 k + 6 if left out
     second_look: bool = False,  # for copies of the values found; n <= 512 always gets one
+    progress: bool = False,  # a bar on stderr
 ) -> Spectrum:  # wanted first; warnings say what did not converge
     """Top `k` eigenpairs of `H` by thick-restart Lanczos, with measured residuals.
 
@@ -276,8 +315,9 @@ def top_eigenpairs(
     `tol` may count as one, and the next one takes the place of the other, unless a second look is asked for."""
     check(H.n, k, tol, which, max_matvecs, basis)
     tols = torch.full((k,), tol, dtype=torch.float64)
-    *found, behind, spent = eigenpairs(H, k, tols, which, seed, max_matvecs, basis, second_look or H.n <= SMALL)
-    return as_spectrum(*found, tols, slice(0, k), which, behind, seed, spent, evidence(H))
+    with bar_of(progress, max_matvecs) as bar:
+        found = eigenpairs(H, k, tols, which, seed, max_matvecs, basis, second_look or H.n <= SMALL, said_on(bar))
+    return as_spectrum(found, slice(0, k), which, evidence(H))
 
 # %% ../../nbs/curvature/24_eigen.ipynb #f9d306ac
 def both_ends(
@@ -288,6 +328,7 @@ def both_ends(
     max_matvecs: int = 200,
     tol_smallest: float | None = None,  # of the most negative value; 10 tol if left out
     basis: int | None = None,
+    progress: bool = False,  # a bar on stderr
 ) -> tuple[Spectrum, Spectrum]:  # largest k, most negative 1; both carry the one count of products that they share
     "Both ends of the spectrum from one Krylov space."
     pairs = min(k + 1, H.n)
@@ -298,8 +339,7 @@ def both_ends(
         raise ValueError(f"tol_smallest must be positive, got {tol_smallest}")
     tols = torch.full((pairs,), tol, dtype=torch.float64)
     tols[-1] = tol if pairs == k else last
-    *found, behind, spent = eigenpairs(H, pairs, tols, "ends", seed, max_matvecs, basis, H.n <= SMALL)
+    with bar_of(progress, max_matvecs) as bar:
+        found = eigenpairs(H, pairs, tols, "ends", seed, max_matvecs, basis, H.n <= SMALL, said_on(bar))
     known = evidence(H)
-    rows = [("algebraic", slice(0, k), behind), ("smallest", slice(pairs - 1, pairs), float("nan"))]
-    largest, smallest = (as_spectrum(*found, tols, part, which, after, seed, spent, known) for which, part, after in rows)
-    return largest, smallest
+    return as_spectrum(found, slice(0, k), "algebraic", known), as_spectrum(found, slice(pairs - 1, pairs), "smallest", known)

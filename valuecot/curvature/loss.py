@@ -208,7 +208,16 @@ class CausalLoss(Batched):
         with precision_of(precision, device):
             pass
         super().__init__(examples, device, reduction, token_budget, getattr(getattr(model, "config", None), "vocab_size", None), distributed)
+        self.check_positions()
         self.head = self.trusted_head()
+
+    def check_positions(self) -> None:
+        "Refuse texts that are longer than the model was made for: what it says there means nothing."
+        config = getattr(self.model, "config", None)
+        known = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "max_position_embeddings", None)
+        longest = max(range(len(self.pairs)), key=lambda i: len(self.pairs[i][0]))
+        if known and (size := len(self.pairs[longest][0])) > known:
+            raise ValueError(f"example {longest} reads {size} tokens, the model's max_position_embeddings is {known}: cut the text, or raise it in the config of a model that was trained for more")
 
     def trusted_head(self) -> nn.Linear | None:
         "The head, if hidden states and that matrix alone give the model's own losses."
