@@ -26,7 +26,7 @@ from ..types import Prompt
 
 # %% auto #0
 __all__ = ['WRITTEN_BY', 'BYTES', 'THOUGHT', 'RulesDesk', 'Rules', 'desk_of', 'assigned', 'teachers_of', 'questions',
-           'replies_path', 'price_of', 'backend_of', 'backends', 'estimate', 'cost_lines']
+           'replies_path', 'price_of', 'backend_of', 'backends', 'estimate', 'usd', 'cost_lines']
 
 # %% ../../nbs/teacher/45_desks.ipynb #f519f260
 WRITTEN_BY = "rules-" + digest([inspect.getsource(m) for m in (rules, styles, details)], 8)  # other rules are another teacher: their old replies do not answer for them
@@ -105,7 +105,8 @@ def backend_of(model: TeacherModel) -> Backend:
     if model.provider == "rules":
         return Rules()
     if model.provider == "transformers":
-        return Local(model.model, model.connections)
+        own = root() / model.model  # a folder beside the project reads the same from every working folder
+        return Local(str(own) if own.exists() else model.model, model.connections)
     return Live(model.provider, price_of(model), model.base_url, model.connections, model.per_minute, model.tokens_per_minute, model.timeout)
 
 
@@ -147,12 +148,17 @@ def estimate(
     return list(rows.values())
 
 
+def usd(amount: float) -> str:
+    "Dollars, to the cent or, below one, to a hundredth of it."
+    return f"${amount:,.2f}" if amount >= 1 or not amount else f"${amount:.4f}"
+
+
 def cost_lines(rows: list[dict[str, object]], missing: dict[str, str], cap: float, spent: float) -> list[str]:
     "What a reader of the plan sees."
     paid = [r for r in rows if r["usd_at_most"] or r["teacher"] in missing]
     found = [f"  {r['teacher']}: {r['questions']:,} questions, {r['on_disk']:,} of them on disk, nothing to pay" for r in rows if r not in paid]
     for r in paid:
-        found.append(f"  {r['teacher']}: {r['questions']:,} questions, {r['on_disk']:,} of them on disk; likely ${r['usd_likely']:.2f} ({r['input_tokens_likely']:,} tokens in, {r['output_tokens_likely']:,} out, a guess), at most ${r['usd_at_most']:.2f}")
+        found.append(f"  {r['teacher']}: {r['questions']:,} questions, {r['on_disk']:,} of them on disk; likely {usd(r['usd_likely'])} ({r['input_tokens_likely']:,} tokens in, {r['output_tokens_likely']:,} out, a guess), at most {usd(r['usd_at_most'])}")
     likely, most = sum(r["usd_likely"] for r in rows), sum(r["usd_at_most"] for r in rows)
-    head = f"teachers: likely ${likely:.2f}, at most ${most:.2f} at list prices; spent so far ${spent:.2f}; nothing is sent that could pass the cap of ${cap:.2f}" if paid else "teachers: nothing to pay"
+    head = f"teachers: likely {usd(likely)}, at most {usd(most)} at list prices; spent so far {usd(spent)}; nothing is sent that could pass the cap of ${cap:.2f}" if paid else "teachers: nothing to pay"
     return [head, *found, *(f"  {reason}" for reason in missing.values())]
