@@ -17,7 +17,7 @@ from ..stats import mean_se, wilson
 from ..store import read_records, write_records, write_text
 from ..teacher.asked import Quarantined, by_reason
 from ..teacher.audit import Finding, audit, rates
-from ..teacher.styles import ASKED, TOLERANCE, length
+from ..teacher.styles import ASKED, STYLES, TOLERANCE, length
 from ..types import Prompt, Run, Trace
 from ..view.browser import Browser, Entry
 from ..view.lengths import lengths_figure
@@ -39,7 +39,8 @@ def seen_table(table: pd.DataFrame) -> pd.DataFrame:
     seen = table[table.groupby("kind")["traces"].transform("sum") > 0]
     text = [f"{r.traces} of {r.of} ({100 * r.low_95:.0f} to {100 * r.high_95:.0f} %)" for r in seen.itertuples()]
     wide = seen.assign(text=text, column=seen["teacher"] + ", " + seen["style"]).pivot(index="kind", columns="column", values="text")
-    return wide.loc[list(dict.fromkeys(seen["kind"]))].reset_index()
+    order = sorted(wide.columns, key=lambda name: (name.rpartition(", ")[0], list(STYLES).index(name.rpartition(", ")[2])))
+    return wide.loc[list(dict.fromkeys(seen["kind"])), order].reset_index()
 
 
 def examples(findings: list[Finding]) -> pd.DataFrame:
@@ -59,7 +60,7 @@ def length_table(rows: pd.DataFrame) -> pd.DataFrame:
     table = by.agg(traces="size", mean="mean", sd="std", median="median")
     table["5 %"], table["95 %"] = by.quantile(0.05), by.quantile(0.95)
     table["response mean"] = rows.groupby(["teacher", "style"], sort=False)["response_words"].mean()
-    return table.reset_index()
+    return table.reset_index().sort_values(["teacher", "style"], key=lambda column: column.map(list(STYLES).index) if column.name == "style" else column, ignore_index=True)
 
 
 def difference_table(rows: pd.DataFrame) -> pd.DataFrame:

@@ -7,7 +7,6 @@ __all__ = ['stage', 'run_release', 'publish', 'main']
 
 # %% ../../nbs/geometry/28_release.ipynb #722e01cb
 import sys
-from pathlib import Path
 
 from ..flow.plan import Stage
 from ..flow.run import finish

@@ -84,7 +84,7 @@ def card(settings: Data, teachers: dict[str, TeacherModel], rows: Sequence[dict]
         "# Reasoning about value conflicts, in several styles", "",
         f"Traces of the valuecot study, profile {profile}: for each prompt in which two values conflict, a standard and an annealing (explore, cool, converge) reasoning with a response, and control styles made from them. " + texts, "",
         "## Prompts", f"Source: {source}. Licence: {licence or 'not known'}.", "",
-        "## Teachers", *teacher_lines(teachers), "A prompt has one teacher, drawn by a hash of its id, for all styles. What a provider allows to be done with its models' output is for the user to check.", "",
+        "## Teachers", *teacher_lines(teachers), "", "A prompt has one teacher, drawn by a hash of its id, for all styles. What a provider allows to be done with its models' output is for the user to check.", "",
         "## Counts", *counted(rows, "split", "teacher", "style"), "", "`in_study` is false for prompts of which some trace was put aside: no arm is trained or measured on them.", "",
         "## What the audit saw", "Checks read words, not meaning; a fault is a reason to look.", "",
         *(["| teacher | style | fault | rows | of |", "|---|---|---|---|---|", *(f"| {a} | {b} | {k} | {n} | {of[a, b]} |" for (a, b, k), n in sorted(faults.items()))] if faults else ["Nothing."]), "",
