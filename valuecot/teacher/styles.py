@@ -83,6 +83,7 @@ STYLES = {
     for style in (
         Style("standard", ("reason",), ("",)),
         Style("annealing", ("explore", "cool", "converge"), TEMPERATURES),
+        Style("synthetic", ("reason",), ("",)),
         Style("reversed", ("converge", "cool", "explore"), ("Phase 1 (Low Temp)", "Phase 2 (Cooling)", "Phase 3 (High Temp)"), ("annealing",), lambda a, rng: a[::-1], "does the direction matter?"),
         Style("shuffled", ("any", "any", "any"), TEMPERATURES, ("annealing",), mixed, "must a phase hold what its header says?"),
         Style("neutral", ("explore", "cool", "converge"), ("Section 1", "Section 2", "Section 3"), ("annealing",), lambda a, rng: a, "do the words about temperature matter?"),
