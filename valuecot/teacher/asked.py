@@ -21,8 +21,8 @@ from .templates import request as wording
 from ..types import Prompt, Shown, Trace
 
 # %% auto #0
-__all__ = ['Reads', 'Desk', 'Quarantined', 'Ending', 'looked', 'ask_twice', 'Wanted', 'wanted', 'trace_in', 'Collected',
-           'collect', 'by_reason', 'with_traces', 'read_traces']
+__all__ = ['Reads', 'Desk', 'Quarantined', 'Ending', 'looked', 'ask_twice', 'together', 'Wanted', 'wanted', 'trace_in',
+           'Collected', 'collect', 'by_reason', 'with_traces', 'read_traces']
 
 # %% ../../nbs/teacher/44_asked.ipynb #fd8fb3a5
 @dataclass(frozen=True)
@@ -103,6 +103,15 @@ def ask_twice(
 
     tally = Tally(first.known, first.repeated, first.replied + second.replied, [f for f in failed if not f.lasting], first.unasked + second.unasked, second.usd)
     return map(ending, range(len(questions))), tally
+
+# %% ../../nbs/teacher/44_asked.ipynb #ede7fe7a
+def together(*tallies: Tally) -> Tally:
+    "Rounds one after the other as one."
+    total = Tally(usd=tallies[-1].usd)
+    for one in tallies:
+        total.known, total.repeated, total.replied, total.unasked = total.known + one.known, total.repeated + one.repeated, total.replied + one.replied, total.unasked + one.unasked
+        total.failures += one.failures
+    return total
 
 # %% ../../nbs/teacher/44_asked.ipynb #fd8fb3a5-2
 @dataclass(frozen=True)
