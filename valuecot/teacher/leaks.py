@@ -19,15 +19,16 @@ from ..types import Shown
 
 # %% auto #0
 __all__ = ['ANSWER', 'HANDED', 'TOLD', 'CHOSEN', 'OWN', 'LINES', 'LEAKING', 'PASSES', 'told', 'named', 'opens_with_verdict',
-           'tokens', 'runs', 'longest_run', 'words_used', 'Leak', 'leak', 'passes', 'share', 'star_table',
-           'leak_distribution']
+           'tokens', 'runs', 'longest_run', 'share_copied', 'words_used', 'Leak', 'leak', 'passes', 'kept_by', 'share',
+           'star_table', 'leak_distribution']
 
 # %% ../../nbs/teacher/50_leaks.ipynb #2d8a4555
 ANSWER = r"(answer|option|label|verdict|conclusion)\b"
 HANDED = r"(given|provided|supplied|stated|specified|known|settled|fixed|selected|told|revealed|listed as)"
 TOLD = re.compile(
     r"|".join([
-        r"\b(the|this|that|your|our|my|given|provided) (\w+ )?hints?\b(?! of)",
+        r"\b(the|this|that|your|our|my|given|provided) (\w+ )?hint\b(?! of)",
+        r"\b(the|your|our|my|given|provided) hints\b(?! (at|to|that|of))",
         r"\bhint (says|said|states|suggests|tells|points|notes|mentions|given|provided|above)\b",
         rf"\b(the|that|this) (\w+ ){{0,3}}{ANSWER}[^.?!]{{0,25}}? (is|was|has|being|as) (already )?(been )?{HANDED}\b",
         rf"\b(correct|right|best|gold) (choice|letter) (is|was|has|being|as) (already )?(been )?{HANDED}\b",
@@ -84,7 +85,7 @@ def opens_with_verdict(question: Question, reasoning: str) -> bool:
     opening, known = sentences(reasoning)[0], f"{question.scenario} {question.perspective}"
     if len(opening.split()) * 2 > len(reasoning.split()):
         return False
-    letters = re.findall(rf"{CHOSEN}[(\"']?([{question.letters}])\b(?!['’])|\(([{question.letters}])\)", opening)
+    letters = re.findall(rf"(?i:{CHOSEN})[(\"']?([{question.letters}])\b(?!['’])|\(([{question.letters}])\)", opening)
     seen = {a or b for a, b in letters}
     for letter, option in sorted(zip(question.letters, question.options, strict=True), key=lambda pair: -len(pair[1])):
         if found := named(option, opening, known):
@@ -116,6 +117,15 @@ def longest_run(
     return best
 
 
+def share_copied(reasoning: str, hint: str, known: str, size: int = 3) -> float:
+    "Share of a hint's new words that lie in runs of `size` words shared with a reasoning."
+    theirs, free = tokens(hint), set(tokens(known))
+    shared = runs(tokens(reasoning), size)
+    covered = {i + k for i in range(len(theirs) - size + 1) if tuple(theirs[i : i + size]) in shared for k in range(size)}
+    new = {i for i, word in enumerate(theirs) if word not in free}
+    return len(new & covered) / len(new) if new else 0.0
+
+
 OWN = 4  # words of a hint's own, at least, for a share of them to mean something
 
 
@@ -125,8 +135,8 @@ def words_used(reasoning: str, hint: str, known: str) -> float | None:  # None: 
     own = long[0] - long[1]
     return len(own & long[2]) / len(own) if len(own) >= OWN else None
 
-# %% ../../nbs/teacher/50_leaks.ipynb #e5889d8b
-LINES = {"told": 0.5, "opening": 1.0, "run": 6.0, "used": 0.75}  # what makes half a point
+# %% ../../nbs/teacher/50_leaks.ipynb #6ce31210
+LINES = {"told": 0.5, "opening": 1.0, "run": 6.0, "copied": 0.45, "used": 0.8}  # what makes half a point
 LEAKING = 0.5  # score from which a row counts as leaking
 
 
@@ -140,6 +150,7 @@ class Leak(Shown):
     told: float  # 1 with such a phrase
     opening: float  # 1 with the verdict in the first sentence
     run: float | None  # words shared in a row with the explanation, whether it was shown or not; None without one
+    copied: float | None  # share of the explanation in shared runs of three words
     used: float | None  # share of the explanation's own long words; None where it has too few
 
 
@@ -147,7 +158,8 @@ def leak(question: Question, reasoning: str) -> Leak:
     "Measure one reasoning."
     known, hint, phrase = f"{question.scenario} {question.perspective} {' '.join(question.options)}", question.explanation, told(reasoning)
     parts = {"told": float(bool(phrase)), "opening": float(opens_with_verdict(question, reasoning))}
-    parts |= {"run": float(longest_run(reasoning, hint, known)) if hint else None, "used": words_used(reasoning, hint, known)}
+    parts |= {"run": float(longest_run(reasoning, hint, known)), "copied": share_copied(reasoning, hint, known)} if hint else {"run": None, "copied": None}
+    parts |= {"used": words_used(reasoning, hint, known)}
     scores = {name: min(1.0, value / LINES[name] / 2) for name, value in parts.items() if value is not None}
     part = max(scores, key=scores.get)
     return Leak(scores[part], part if scores[part] else "", phrase, **parts)
@@ -166,6 +178,11 @@ def passes(rows: Iterable[StarRow]) -> dict[tuple[str, str], dict[str, StarRow]]
     return dict(sorted(found.items(), key=lambda item: (item[0][0], PASSES.index(item[0][1]))))
 
 
+def kept_by(name: str, members: dict[str, StarRow]) -> list[StarRow]:
+    "Rows that a pass itself kept: one that was rationalised is not kept by the first pass."
+    return [row for row in members.values() if not row.reason and (row.origin == "first") == (name == "first")]
+
+
 def share(name: str, hits: int, n: int) -> dict[str, object]:
     "A share with its Wilson interval; None where there is nothing to divide by."
     low, high = wilson(hits, n) if n else (None, None)
@@ -176,7 +193,7 @@ def star_table(rows: Iterable[StarRow], questions: Iterable[Question]) -> list[d
     "What each pass of each teacher kept, what it put aside and why, and how much it gives away."
     asked, found = {q.id: q for q in questions}, []
     for (teacher, name), members in passes(rows).items():
-        kept = [r for r in members.values() if not r.reason and (r.origin == "first") == (name == "first")]
+        kept = kept_by(name, members)
         aside = Counter(r.reason.split(":")[0] for r in members.values() if r.reason and name != "first")
         leaks = [leak(asked[r.question_id], r.reasoning) for r in kept]
         row = {"teacher": teacher, "pass": name, "rows": len(members), "kept": len(kept), "rationalised": len(members) - len(kept) if name == "first" else 0, "put_aside": sum(aside.values())}
@@ -190,7 +207,7 @@ def leak_distribution(rows: Iterable[StarRow], questions: Iterable[Question]) ->
     "By teacher and pass: how many kept rows each part puts over its line, and quantiles of the score."
     asked, found = {q.id: q for q in questions}, []
     for (teacher, name), members in passes(rows).items():
-        leaks = [leak(asked[r.question_id], r.reasoning) for r in members.values() if not r.reason and (r.origin == "first") == (name == "first")]
+        leaks = [leak(asked[r.question_id], r.reasoning) for r in kept_by(name, members)]
         over = {part: sum((getattr(x, part) or 0.0) >= line for x in leaks) for part, line in LINES.items()}
         cuts = quantiles([x.score for x in leaks], n=20, method="inclusive") if len(leaks) > 1 else [None] * 19
         found.append({"teacher": teacher, "pass": name, "kept": len(leaks)} | over | {"score_median": cuts[9], "score_90": cuts[17], "score_95": cuts[18]})
