@@ -95,10 +95,12 @@ def opens_with_verdict(question: Question, reasoning: str) -> bool:
 
 # %% ../../nbs/teacher/50_leaks.ipynb #4c09685c
 def tokens(text: str) -> list[str]:
+    "Words in lower case."
     return re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)?", text.lower())
 
 
 def runs(words: list[str], size: int) -> set[tuple[str, ...]]:
+    "All runs of `size` words."
     return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
 
 
