@@ -28,8 +28,29 @@ def draw(*parts: object) -> float:  # in [0, 1)
     return int(hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:12], 16) / 16**12
 
 
+def star_letter(question: str) -> str:
+    "The letter that this teacher finds by itself, from the matter and the options."
+    matter = re.search(r"\n((?:Situation|Group): .*?\nOptions:\n(?:[A-Z]\. [^\n]*\n)+)", question, re.DOTALL)[1]
+    letters = re.findall(r"^([A-Z])\. ", matter.rpartition("Options:\n")[2], re.MULTILINE)
+    return letters[int(draw("letter", matter) * len(letters))]
+
+
+def star_object(question: str) -> str:
+    "Reasoning and letter; three times in four the settled one, where it is shown. Half of the hints are pasted, and one rationalisation in ten tells that it was one."
+    settled, hint = re.search(r"^Settled: ([A-Z])\.", question, re.MULTILINE), re.search(r"^Hint .*?: (.*)$", question, re.MULTILINE)
+    text = "First there is the matter itself. Then there is what it touches. Both are weighed with care, and that leads to the end."
+    if settled and draw("told", question) < 0.1:
+        text = f"The given answer is {settled[1]}. {text}"
+    if hint and draw("hint", question) < 0.5:
+        text = f"{text} {hint[1]}"
+    own = settled is None or draw("stays", question) < 0.25
+    return json.dumps({"reasoning": text, "answer": star_letter(question) if own else settled[1]})
+
+
 def written(question: str) -> str:
     "The object that a good teacher writes."
+    if '"answer": "<one letter>"' in question:
+        return star_object(question)
     found = re.search(r"The user's message:\n(.*)\Z", question, re.DOTALL)
     text = (found[1] if found else question).strip()
     kind = "annealing" if '"annealing_cot"' in question else "standard"

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..providers.asking import Backend, Policy, Tally, ask
@@ -21,8 +22,8 @@ from .templates import request as wording
 from ..types import Prompt, Shown, Trace
 
 # %% auto #0
-__all__ = ['Desk', 'Quarantined', 'Wanted', 'wanted', 'judge', 'Collected', 'collect', 'by_reason', 'with_traces', 'apart',
-           'read_traces']
+__all__ = ['Reads', 'Desk', 'Quarantined', 'Ending', 'looked', 'ask_twice', 'together', 'Wanted', 'wanted', 'trace_in',
+           'Collected', 'collect', 'by_reason', 'with_traces', 'apart', 'read_traces']
 
 # %% ../../nbs/teacher/44_asked.ipynb #fd8fb3a5
 @dataclass(frozen=True)
@@ -35,10 +36,14 @@ class Desk(Shown):
     max_tokens: int = 4096  # of a reply, thinking included
     parameters: tuple[tuple[str, object], ...] = ()  # temperature, seed, effort
 
+    def asks(self, text: str, schema: dict) -> Request:
+        "A question of one message."
+        return Request(self.provider, self.model, (("user", text),), self.max_tokens, dict(self.parameters), schema)
+
     def question(self, prompt: Prompt, style: str, words: int | None, templates: dict[str, str] | None = None) -> Request:
         "What this teacher is asked for one trace."
         text = wording(style, prompt.text, words, templates)
-        return Request(self.provider, self.model, (("user", text),), self.max_tokens, dict(self.parameters), SCHEMAS[style].model_json_schema())
+        return self.asks(text, SCHEMAS[style].model_json_schema())
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,64 @@ class Quarantined(Shown):
     teacher: str
     reason: str
     text: str  # the last reply; "" where there was none
+
+# %% ../../nbs/teacher/44_asked.ipynb #178a9b6d
+Reads = Callable[[Reply], object]
+
+
+@dataclass(frozen=True)
+class Ending:
+    "How one question ended."
+
+    keys: tuple[str, ...]  # of the question, and of the second one where there was one
+    found: object | None  # what the last reply holds
+    reply: Reply | None  # the last one
+    reason: str  # why nothing was found; "" where it was, and where a reply may still come
+
+
+def looked(request: Request, reads: Reads, cache: Cache) -> tuple[Reply | None, object | None, Malformed | None]:
+    "A stored reply, and what it holds or what is wrong with it."
+    reply = cache.reply(request)
+    try:
+        return reply, reads(reply) if reply else None, None
+    except Malformed as error:
+        return reply, None, error
+
+
+def ask_twice(
+    questions: list[tuple[Request, Reads]],
+    backends: dict[str, Backend],  # by provider/model; none: the cache alone
+    cache: Cache,
+    policy: Policy | None = None,
+    progress: bool = False,
+) -> tuple[Iterator[Ending], Tally]:  # endings in the order of the questions, read as they are taken
+    "Ask, read, and ask once more where that failed."
+    first, again = ask((request for request, _ in questions), backends, cache, policy, progress, len(questions)), {}
+    for place, (request, reads) in enumerate(questions):
+        reply, _, error = looked(request, reads, cache)
+        if error:
+            again[place] = asked_again(request, reply, error)
+    second = ask(again.values(), backends, cache, policy, progress, len(again))
+    failed = first.failures + second.failures
+    reasons = {f.key: f.reason for f in failed if f.lasting}
+
+    def ending(place: int) -> Ending:
+        asked, reads = questions[place]
+        last = again.get(place, asked)
+        reply, found, error = looked(last, reads, cache)
+        return Ending(tuple(dict.fromkeys((asked.key, last.key))), found, reply, str(error) if error else "" if reply else reasons.get(last.key, ""))
+
+    tally = Tally(first.known, first.repeated, first.replied + second.replied, [f for f in failed if not f.lasting], first.unasked + second.unasked, second.usd)
+    return map(ending, range(len(questions))), tally
+
+# %% ../../nbs/teacher/44_asked.ipynb #ede7fe7a
+def together(*tallies: Tally) -> Tally:
+    "Rounds one after the other as one."
+    total = Tally(usd=tallies[-1].usd)
+    for one in tallies:
+        total.known, total.repeated, total.replied, total.unasked = total.known + one.known, total.repeated + one.repeated, total.replied + one.replied, total.unasked + one.unasked
+        total.failures += one.failures
+    return total
 
 # %% ../../nbs/teacher/44_asked.ipynb #fd8fb3a5-2
 @dataclass(frozen=True)
@@ -70,15 +133,9 @@ def wanted(prompts: Iterable[Prompt], styles: Iterable[str], desk_of, words: int
             yield Wanted(prompt, style, desk, desk.question(prompt, style, words, templates))
 
 
-def judge(want: Wanted, cache: Cache) -> tuple[Trace | None, Reply | None, Malformed | None]:
-    "The trace in a stored reply, or what is wrong with it."
-    reply = cache.reply(want.request)
-    if reply is None:
-        return None, None, None
-    try:
-        return as_trace(want.prompt, want.style, want.desk.name, read(reply, SCHEMAS[want.style])), reply, None
-    except Malformed as error:
-        return None, reply, error
+def trace_in(want: Wanted, reply: Reply) -> Trace:
+    "The trace in a reply."
+    return as_trace(want.prompt, want.style, want.desk.name, read(reply, SCHEMAS[want.style]))
 
 
 @dataclass(frozen=True)
@@ -93,31 +150,20 @@ class Collected:
 
 def collect(
     wants: list[Wanted],
-    backends: dict[str, Backend],  # by provider/model; none: the cache alone
+    backends: dict[str, Backend],
     cache: Cache,
     policy: Policy | None = None,
     progress: bool = False,
 ) -> Collected:
-    "Ask, read, ask once more, and put aside."
-    first = ask((w.request for w in wants), backends, cache, policy, progress, len(wants))
-    again = {}
-    for place, want in enumerate(wants):
-        _, reply, error = judge(want, cache)
-        if error:
-            again[place] = Wanted(want.prompt, want.style, want.desk, asked_again(want.request, reply, error))
-    second = ask((w.request for w in again.values()), backends, cache, policy, progress, len(again))
-    failed = first.failures + second.failures
-    reasons = {f.key: f.reason for f in failed if f.lasting}
-    traces, aside = [], []
-    for place, want in enumerate(wants):
-        last = again.get(place, want)
-        trace, reply, error = judge(last, cache)
-        if trace:
-            traces.append(trace)
-        elif error or last.request.key in reasons:
-            aside.append(Quarantined(want.prompt.id, want.style, want.desk.name, str(error or reasons[last.request.key]), reply.text if reply else ""))
-    tally = Tally(first.known, first.repeated, first.replied + second.replied, [f for f in failed if not f.lasting], first.unasked + second.unasked, second.usd)
-    keys = [w.request.key for w in (*wants, *again.values())]
+    "Traces, and what was put aside."
+    endings, tally = ask_twice([(w.request, partial(trace_in, w)) for w in wants], backends, cache, policy, progress)
+    traces, aside, keys = [], [], []
+    for want, end in zip(wants, endings, strict=True):
+        keys += end.keys
+        if end.found:
+            traces.append(end.found)
+        elif end.reason:
+            aside.append(Quarantined(want.prompt.id, want.style, want.desk.name, end.reason, end.reply.text if end.reply else ""))
     return Collected(traces, aside, tally, tuple(dict.fromkeys(keys)))
 
 

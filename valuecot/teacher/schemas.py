@@ -5,16 +5,18 @@
 # %% ../../nbs/teacher/43_schemas.ipynb #9bbba0d8
 from __future__ import annotations
 
-from typing import Annotated
+from functools import cache
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, create_model, model_validator
 
 from .styles import assemble, marked
+from ..text import parse_answer
 from ..types import Prompt, Trace
 
 # %% auto #0
 __all__ = ['Words', 'Name', 'SCHEMAS', 'words', 'short_name', 'Form', 'Values', 'Reasoned', 'StandardReply', 'Phases',
-           'AnnealingReply', 'as_trace', 'as_reply']
+           'AnnealingReply', 'as_trace', 'as_reply', 'StarReply', 'star_reply']
 
 # %% ../../nbs/teacher/43_schemas.ipynb #7ad8eb22
 def words(text: str) -> str:
@@ -111,3 +113,22 @@ def as_reply(trace: Trace) -> StandardReply | AnnealingReply:
     if trace.style == "annealing":
         return AnnealingReply(**told, annealing_cot=dict(zip(Phases.model_fields, trace.phases, strict=True)), final_model_response=trace.response)
     raise ValueError(f"no teacher is asked for style {trace.style!r}: it is made from {', '.join(SCHEMAS)}")
+
+# %% ../../nbs/teacher/43_schemas.ipynb #a3e846f7
+class StarReply(Form):
+    "A reasoning, and the letter of the option that it ends at."
+
+    reasoning: Words
+    answer: str
+
+    @model_validator(mode="after")
+    def agrees(self) -> StarReply:
+        if (said := parse_answer(self.reasoning)) not in (None, self.answer):
+            raise ValueError(f"the reasoning says 'Answer: {said}', the answer is {self.answer!r}")
+        return self
+
+
+@cache
+def star_reply(letters: str) -> type[StarReply]:  # of the options: "ABC"
+    "The reply to a question with these options."
+    return create_model("StarReply", __base__=StarReply, answer=(Literal[tuple(letters)], ...))

@@ -26,6 +26,7 @@ class Style:
     of: tuple[str, ...] = ()  # styles it is made from; none: a teacher is asked for it
     rule: Callable[..., tuple[str, ...] | None] | None = None  # (their phases, random) -> phases; None where it cannot be made
     asks: str = ""  # the question that a control answers
+    study: str = "geometry"
 
     @property
     def pattern(self) -> re.Pattern[str]:
@@ -83,6 +84,7 @@ STYLES = {
     for style in (
         Style("standard", ("reason",), ("",)),
         Style("annealing", ("explore", "cool", "converge"), TEMPERATURES),
+        Style("synthetic", ("reason",), ("",), study="steerable"),
         Style("reversed", ("converge", "cool", "explore"), ("Phase 1 (Low Temp)", "Phase 2 (Cooling)", "Phase 3 (High Temp)"), ("annealing",), lambda a, rng: a[::-1], "does the direction matter?"),
         Style("shuffled", ("any", "any", "any"), TEMPERATURES, ("annealing",), mixed, "must a phase hold what its header says?"),
         Style("neutral", ("explore", "cool", "converge"), ("Section 1", "Section 2", "Section 3"), ("annealing",), lambda a, rng: a, "do the words about temperature matter?"),
@@ -91,7 +93,7 @@ STYLES = {
         Style("final", ("converge",), ("",), ("annealing",), lambda a, rng: a[-1:], "is it the conclusion alone?"),
     )
 }
-ASKED = tuple(name for name, s in STYLES.items() if not s.of)
+ASKED = tuple(name for name, s in STYLES.items() if not s.of and s.study == "geometry")  # for a prompt with two values
 
 
 def style(

@@ -11,8 +11,8 @@ from pathlib import Path
 from .styles import style
 
 # %% auto #0
-__all__ = ['OPENING', 'EXAMPLE_MESSAGE', 'EXAMPLE_REPLY', 'CLOSING', 'MESSAGE', 'STANDARD', 'ANNEALING', 'TEMPLATES', 'request',
-           'read_templates']
+__all__ = ['OPENING', 'EXAMPLE_MESSAGE', 'EXAMPLE_REPLY', 'CLOSING', 'MESSAGE', 'STANDARD', 'ANNEALING', 'TEMPLATES', 'fill',
+           'request', 'template_files', 'check_places', 'read_templates']
 
 # %% ../../nbs/teacher/41_templates.ipynb #72a6b9b7
 OPENING = """\
@@ -114,7 +114,18 @@ Its answer:
 )
 TEMPLATES = {"standard": STANDARD, "annealing": ANNEALING}
 
-# %% ../../nbs/teacher/41_templates.ipynb #389008ff
+# %% ../../nbs/teacher/41_templates.ipynb #bd5a81be
+def fill(
+    template: str,
+    places: dict[str, str | None],  # name -> what stands there; None: drop the line
+) -> str:
+    "A template with its places filled."
+    named = re.compile(r"\{(" + "|".join(map(re.escape, places)) + r")\}")
+    lines = template.splitlines(keepends=True)
+    kept = "".join(line for line in lines if all(places[name] is not None for name in named.findall(line)))
+    return named.sub(lambda m: places[m[1]], kept)
+
+
 def request(
     style_name: str,
     prompt_text: str,
@@ -126,24 +137,40 @@ def request(
     template = templates.get(style(style_name).name)
     if template is None:
         raise ValueError(f"no request template for style {style_name!r}: there are {', '.join(templates)}")
-    if words is None:
-        template = "".join(line for line in template.splitlines(keepends=True) if "{words}" not in line)
-    fill = {"prompt": prompt_text, "words": str(words)}
-    return re.sub(r"\{(prompt|words)\}", lambda m: fill[m[1]], template)
+    return fill(template, {"prompt": prompt_text, "words": None if words is None else str(words)})
 
-# %% ../../nbs/teacher/41_templates.ipynb #68be3bc8
+# %% ../../nbs/teacher/41_templates.ipynb #9a6bbe7a
+def template_files(
+    folder: Path | str,
+    names: tuple[str, ...],  # that a file may have
+    setting: str,  # that names the folder
+) -> dict[str, str]:  # name -> text
+    "Text files of a folder."
+    folder, expected = Path(folder), f"{', '.join(f'{name}.txt' for name in names[:-1])} and {names[-1]}.txt"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}: set {setting} to a folder with {expected}, or leave it empty")
+    files = sorted(folder.glob("*.txt"))
+    if not files:
+        raise FileNotFoundError(f"no *.txt in {folder}: expected {expected}, or some of them")
+    return {path.stem: path.read_text(encoding="utf-8") for path in files}
+
+
+def check_places(
+    name: str,  # of the template
+    text: str,
+    needed: dict[str, str],  # place -> what goes there
+) -> None:
+    "An error where a template cannot carry what it is for."
+    for place, what in needed.items():
+        if f"{{{place}}}" not in text:
+            raise ValueError(f"{name}.txt has no {{{place}}}: {what} goes there")
+
+
 def read_templates(
     folder: Path | str,  # holds <style>.txt with {prompt}, and {words} where a length may be asked
 ) -> dict[str, str]:  # style -> template
     "Request templates from a folder, over ours."
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}: set geometry.traces.templates to a folder with standard.txt and annealing.txt, or leave it empty")
-    files = sorted(folder.glob("*.txt"))
-    if not files:
-        raise FileNotFoundError(f"no *.txt in {folder}: expected standard.txt, annealing.txt or both")
-    found = {style(path.stem).name: path.read_text(encoding="utf-8") for path in files}
+    found = template_files(folder, tuple(TEMPLATES), "geometry.traces.templates")
     for name, text in found.items():
-        if "{prompt}" not in text:
-            raise ValueError(f"{folder / (name + '.txt')} has no {{prompt}}: the user's message goes there")
+        check_places(style(name).name, text, {"prompt": "the user's message"})
     return TEMPLATES | found
