@@ -366,6 +366,26 @@ def test_a_key_is_in_no_file_and_no_message(provider, tmp_path, capfd):
     assert all(KEY.encode() not in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
 
 
+# ------------------------------------------------------------------------- settings
+
+
+def test_the_settings_name_who_is_asked_in_batches():
+    from valuecot.settings import load
+    from valuecot.teacher.asked import wanted
+    from valuecot.teacher.desks import backends, desk_of, estimate
+
+    one_by_one, batched = (load("paper", f"teacher.gpt-5-nano.batched={word}")["teacher.gpt-5-nano"] for word in ("no", "yes"))
+    (live,), (many,) = (backends([m])[0].values() for m in (one_by_one, batched))
+    assert isinstance(many, Batched) and not isinstance(live, Batched) and (many.price, many.connections) == (live.price, live.connections)
+    with pytest.raises(ValueError, match="batched = yes"):
+        load("paper", "teacher.local.batched=yes")
+    from valuecot.data.world import generate
+
+    wants = list(wanted(generate(4, seed=0), ("standard",), lambda p: desk_of("gpt-5-nano", batched), 60))
+    full, half = (estimate(wants, {"gpt-5-nano": m}, None, 60)[0] for m in (one_by_one, batched))
+    assert half["usd_at_most"] == pytest.approx(full["usd_at_most"] / 2, rel=1e-4) and half["usd_likely"] == pytest.approx(full["usd_likely"] / 2, rel=1e-4)
+
+
 # ------------------------------------------------------------------------- kills
 
 ASKER = """

@@ -96,6 +96,7 @@ class TeacherModel:
     input: float  # dollars per million tokens
     output: float  # thinking included
     batch: float  # share of the price that a batch costs
+    batched: bool  # asked in the provider's batch queue, within 24 hours
     max_tokens: int  # of a reply, thinking included
     effort: Literal["", "minimal", "low", "medium", "high"]  # of thinking; "" for the provider's default
     connections: int  # at once
@@ -106,6 +107,8 @@ class TeacherModel:
     def __post_init__(self):
         if self.provider == "server" and not self.base_url:
             raise ValueError(f"a teacher with provider = server needs a base_url, such as http://localhost:8000/v1 (model {self.model})")
+        if self.provider == "server" and self.batched:
+            raise ValueError(f"a teacher with batched = yes has provider openai, anthropic or google: a server has no batch queue (model {self.model})")
 
 # %% ../nbs/01_settings.ipynb #64085721-2
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..providers.asking import Live
+from ..providers.batches import Batched
 from ..providers.cache import Cache
 from ..providers.prices import Price
 from ..providers.wire import WIRES
@@ -40,7 +41,8 @@ def backends(models: Iterable[TeacherModel]) -> tuple[dict[str, Live], dict[str,
     found, missing = {}, {}
     for m in models:
         try:
-            found[f"{m.provider}/{m.model}"] = Live(m.provider, price_of(m), m.base_url, m.connections, m.per_minute, m.tokens_per_minute, m.timeout)
+            who = m.provider, price_of(m), m.base_url, m.connections
+            found[f"{m.provider}/{m.model}"] = Batched(*who, timeout=m.timeout) if m.batched else Live(*who, m.per_minute, m.tokens_per_minute, m.timeout)
         except ValueError as error:
             missing[f"{m.provider}/{m.model}"] = str(error)
     return found, missing
@@ -67,8 +69,8 @@ def estimate(
         asked, told = round(len(want.request.text.encode()) / BYTES), round(1.4 * 1.6 * words * (1 + THOUGHT))
         row["input_tokens_likely"] += asked
         row["output_tokens_likely"] += told
-        row["usd_likely"] += price.cost(asked, told) / 1e9
-        row["usd_at_most"] += price.most(want.request) / 1e9
+        row["usd_likely"] += price.cost(asked, told, models[want.desk.name].batched) / 1e9
+        row["usd_at_most"] += price.most(want.request, models[want.desk.name].batched) / 1e9
     return list(rows.values())
 
 
@@ -80,5 +82,5 @@ def cost_lines(rows: list[dict[str, object]], missing: dict[str, str], cap: floa
     for r in rows:
         found.append(f"  {r['teacher']}: {r['questions']:,} questions, {r['on_disk']:,} of them on disk; likely ${r['usd_likely']:.2f} ({r['input_tokens_likely']:,} tokens in, {r['output_tokens_likely']:,} out, a guess), at most ${r['usd_at_most']:.2f}")
     likely, most = sum(r["usd_likely"] for r in rows), sum(r["usd_at_most"] for r in rows)
-    head = f"teachers: likely ${likely:.2f}, at most ${most:.2f} at list prices; half in a batch; spent so far ${spent:.2f}; nothing is sent that could pass the cap of ${cap:.2f}"
+    head = f"teachers: likely ${likely:.2f}, at most ${most:.2f} at list prices, and at the batch share where batched = yes; spent so far ${spent:.2f}; nothing is sent that could pass the cap of ${cap:.2f}"
     return [head, *found, *(f"  {reason}" for reason in missing.values())]
