@@ -21,8 +21,8 @@ from .types import Arm
 # %% auto #0
 __all__ = ['records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Weights', 'Data', 'Design', 'Traces', 'TeacherModel',
            'SFT', 'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'ModelShape', 'BaseModel', 'Steerable',
-           'SteerableSFT', 'SteerableGRPO', 'Sampling', 'record_of', 'cast', 'published', 'read_file', 'put',
-           'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'tell']
+           'SteerableSFT', 'SteerableGRPO', 'Sampling', 'record_of', 'cast', 'published', 'read_file', 'optional',
+           'put', 'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'tell']
 
 # %% ../nbs/01_settings.ipynb #8ad55607
 def root(
@@ -101,6 +101,7 @@ class TeacherModel:
     input: float = 0.0  # dollars per million tokens
     output: float = 0.0  # thinking included
     batch: float = 1.0  # share of the price that a batch costs
+    batched: bool = False  # asked in the provider's batch queue, within 24 hours
     max_tokens: int = 4096  # of a reply, thinking included
     effort: Literal["", "minimal", "low", "medium", "high"] = ""  # of thinking; "" for the provider's default
     connections: int = 16  # questions at once
@@ -111,6 +112,8 @@ class TeacherModel:
     def __post_init__(self):
         if self.provider == "server" and not self.base_url:
             raise ValueError(f"a teacher with provider = server needs a base_url, such as http://localhost:8000/v1 (model {self.model})")
+        if self.batched and self.provider not in ("openai", "anthropic", "google"):
+            raise ValueError(f"a teacher with batched = yes has provider openai, anthropic or google: {self.provider} has no batch queue (model {self.model})")
 
 # %% ../nbs/01_settings.ipynb #64085721-2
 @dataclass(frozen=True)
@@ -367,10 +370,16 @@ def read_file(path: Path) -> configparser.ConfigParser:  # every section, values
     return parser
 
 # %% ../nbs/01_settings.ipynb #4caea13c
+def optional(section: str) -> set[str]:
+    "Keys that a section may leave out."
+    return {f.name for f in fields(record_of(section)) if f.default is not MISSING} if record_of(section) else set()
+
+
 def put(sections: dict[str, dict[str, str]], name: str, value: str, source: str) -> None:
     "Override setting `name` = section.key in place; an unknown one is an error."
     section, _, key = name.rpartition(".")
-    if key not in sections.get(section, {}):
+    own = sections.get(section, {})
+    if key not in own and not (own and key in optional(section)):
         known = [f"{s}.{k}" for s, keys in sections.items() for k in keys]
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]!r}?" if close else "."

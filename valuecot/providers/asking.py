@@ -10,7 +10,7 @@ import json
 import os
 import random
 import sqlite3
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -25,7 +25,8 @@ from .requests import Failed, Failure, Reply, Request
 from .wire import WIRES, read_reply
 
 # %% auto #0
-__all__ = ['Backend', 'Live', 'seconds', 'Policy', 'one_try', 'ask_one', 'Tally', 'ask_all', 'finished', 'ask']
+__all__ = ['Backend', 'Live', 'seconds', 'Policy', 'one_try', 'ask_one', 'Tally', 'Count', 'work', 'apart', 'ask_all',
+           'innermost', 'finished', 'ask']
 
 # %% ../../nbs/providers/18_asking.ipynb #9e04607e
 class Backend(Protocol):
@@ -54,7 +55,8 @@ class Live:
         tokens_per_minute: int = 0,  # of question and reply, at most; 0: no limit
         timeout: float = 120.0,  # seconds for one try
     ):
-        self.wire, self.provider, self.price, self.base_url, self.connections, self.timeout = WIRES[provider], provider, price, base_url, connections, timeout
+        self.wire, self.provider, self.price, self.base_url, self.connections = WIRES[provider], provider, price, base_url, connections
+        self.patience = aiohttp.ClientTimeout(total=timeout)
         self.key = os.environ.get(self.wire.key, "") if self.wire.key else os.environ.get("SERVER_API_KEY", "")
         if self.wire.key and not self.key:
             raise ValueError(f"no key for {provider}: set {self.wire.key} in the environment; what is in the cache needs none")
@@ -65,19 +67,26 @@ class Live:
         self.session: aiohttp.ClientSession | None = None
 
     async def ask(self, request: Request) -> Reply:
-        body = self.wire.body(request)
-        if self.session is None:
-            self.session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=self.connections), timeout=aiohttp.ClientTimeout(total=self.timeout))
+        text = await self.call("POST", self.wire.url(self.base_url, request.model), json=self.wire.body(request))
         try:
-            async with self.session.post(self.wire.url(self.base_url, request.model), json=body, headers=self.wire.headers(self.key)) as answer:
+            return read_reply(self.provider, json.loads(text))
+        except json.JSONDecodeError:
+            raise Failed("malformed answer (no JSON)", again=True, billed=True) from None
+
+    async def call(self, method: str, url: str, **content: object) -> str:
+        "Text of a good answer."
+        if self.session is None:
+            self.session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=self.connections), timeout=self.patience)
+        try:
+            async with self.session.request(method, url, headers=self.wire.headers(self.key), **content) as answer:
                 text = await answer.text()
                 if answer.status != 200:
                     raise self.refused(answer.status, answer.headers.get("retry-after"), text)
-                return read_reply(self.provider, json.loads(text))
-        except json.JSONDecodeError:
-            raise Failed("malformed answer (no JSON)", again=True, billed=True) from None
+                return text
         except TimeoutError:
             raise Failed("timeout", again=True, billed=True) from None
+        except UnicodeDecodeError:
+            raise Failed("malformed answer (no text)", again=True, billed=True) from None
         except aiohttp.ClientError as error:
             raise Failed(f"connection ({type(error).__name__})", again=True, billed=True) from None
 
@@ -111,6 +120,10 @@ class Policy:
     cap: float | None = None  # dollars, over everything in the cache's ledger
     rng: random.Random = field(default_factory=random.Random)
 
+    @property
+    def most(self) -> int | None:  # nano-dollars
+        return None if self.cap is None else int(self.cap * 1e9)
+
     def wait(self, tried: int, asked: float | None) -> float:  # seconds
         "Full jitter (Brooker 2015), never shorter than the provider asks."
         own = self.rng.uniform(0, min(self.first_wait * 2 ** (tried - 1), self.longest_wait))
@@ -136,14 +149,13 @@ async def one_try(request: Request, backend: Backend, cache: Cache, cap: int | N
 
 async def ask_one(request: Request, backend: Backend, cache: Cache, gate: asyncio.Semaphore, policy: Policy) -> Reply | Failure:
     "Until there is a reply or no hope."
-    cap = None if policy.cap is None else int(policy.cap * 1e9)
     for tried in range(1, policy.tries + 1):
         try:
             for limit, amount in ((getattr(backend, "questions", None), 1), (getattr(backend, "tokens", None), request.max_tokens)):
                 if limit is not None:
                     await limit.acquire(min(amount, limit.max_rate))
             async with gate:
-                reply = await one_try(request, backend, cache, cap)
+                reply = await one_try(request, backend, cache, policy.most)
             await asyncio.wrap_future(cache.keep(request, reply, "live"))
             return reply
         except Failed as error:
@@ -164,6 +176,73 @@ class Tally:
     usd: float = 0.0  # in the cache's ledger, at most
 
 
+class Count:
+    "Questions as they end, counted and shown."
+
+    def __init__(self, backends: dict[str, Backend], cache: Cache, total: int | None, progress: bool):
+        self.backends, self.cache, self.progress = backends, cache, progress
+        self.tally, self.flying, self.full = Tally(), set(), False  # full: the cap was reached
+        self.bar = tqdm(total=total, unit="question", disable=not progress)
+
+    def is_open(self, request: Request) -> bool:  # or counted as ended
+        "To be asked, and nobody else is asking."
+        if self.cache.reply(request) is not None:
+            self.tally.known += 1
+        elif request.key in self.flying:
+            self.tally.repeated += 1
+        elif self.full:
+            self.tally.unasked += 1
+        elif request.who not in self.backends:
+            self.tally.failures.append(Failure(request.key, f"nobody to ask: {request.who} is not available, and the reply is not in the cache", 0, False))
+        else:
+            self.flying.add(request.key)
+            return True
+        self.show(1)
+        return False
+
+    def ended(self, request: Request, outcome: Reply | Failure | None) -> None:  # None: it would pass the cap
+        if outcome is None:
+            self.full = True
+            self.tally.unasked += 1
+        elif isinstance(outcome, Failure):
+            self.tally.failures.append(outcome)
+        else:
+            self.tally.replied += 1
+        self.flying.discard(request.key)
+        self.show(1)
+
+    def show(self, ended: int) -> None:
+        self.bar.update(ended)
+        if self.progress:
+            self.bar.set_postfix(failed=len(self.tally.failures), usd=f"{self.cache.spent:.4f}", refresh=not ended)
+
+    async def keep_showing(self) -> None:
+        "A batch may be silent for hours."
+        while self.progress:
+            await asyncio.sleep(5)
+            self.show(0)
+
+
+async def work(feed: Iterator[Request], count: Count, gates: dict[str, asyncio.Semaphore], policy: Policy) -> None:
+    "Ask one after the other."
+    for request in feed:
+        if count.is_open(request):
+            try:
+                count.ended(request, await ask_one(request, count.backends[request.who], count.cache, gates[request.who], policy))
+            except CapReached:
+                count.ended(request, None)
+
+
+def apart(requests: Iterable[Request], names: Iterable[str]) -> tuple[Iterable[Request], dict[str, list[Request]]]:  # the others; those of `names`
+    "Questions that leave together, by backend; where there are none, nothing is read ahead."
+    together, others = {name: [] for name in names}, []
+    if not together:
+        return requests, together
+    for request in requests:
+        together.get(request.who, others).append(request)
+    return others, together
+
+
 async def ask_all(
     requests: Iterable[Request],
     backends: dict[str, Backend],  # by provider/model
@@ -173,52 +252,33 @@ async def ask_all(
     total: int | None = None,  # of the questions, for the bar
 ) -> Tally:
     "Replies to all questions, in the cache."
-    policy, tally, stop = policy or Policy(), Tally(), asyncio.Event()
-    gates = {name: asyncio.Semaphore(b.connections) for name, b in backends.items()}
-    feed, flying = iter(requests), set()
-    bar = tqdm(total=total, unit="question", disable=not progress)
-
-    async def work() -> None:
-        for request in feed:
-            if cache.reply(request) is not None:
-                tally.known += 1
-            elif request.key in flying:
-                tally.repeated += 1
-            elif stop.is_set():
-                tally.unasked += 1
-            elif request.who not in backends:
-                tally.failures.append(Failure(request.key, f"nobody to ask: {request.who} is not available, and the reply is not in the cache", 0, False))
-            else:
-                flying.add(request.key)
-                try:
-                    ended = await ask_one(request, backends[request.who], cache, gates[request.who], policy)
-                    if isinstance(ended, Failure):
-                        tally.failures.append(ended)
-                    else:
-                        tally.replied += 1
-                except CapReached:
-                    stop.set()
-                    tally.unasked += 1
-                flying.discard(request.key)
-            bar.update()
-            if progress:
-                bar.set_postfix(failed=len(tally.failures), usd=f"{cache.spent:.4f}", refresh=False)
-
+    policy, count = policy or Policy(), Count(backends, cache, total, progress)
+    gates = {name: asyncio.Semaphore(b.connections) for name, b in backends.items() if not hasattr(b, "ask_many")}
+    others, together = apart(requests, backends.keys() - gates.keys())
+    feed, shown = iter(others), asyncio.create_task(count.keep_showing())
     try:
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(sum(b.connections for b in backends.values()) + 8):
-                    group.create_task(work())
+                for name, some in together.items():
+                    group.create_task(backends[name].ask_many([r for r in some if count.is_open(r)], cache, policy, count.ended))
+                for _ in range(sum(backends[name].connections for name in gates) + 8):
+                    group.create_task(work(feed, count, gates, policy))
         finally:  # also where the batch was stopped: what came is on disk before the caller goes on
             await asyncio.wrap_future(cache.settled())
     except* sqlite3.Error as errors:
-        raise OSError(f"{cache.path} cannot be written ({errors.exceptions[0]}): nothing more was asked, and what it holds is kept") from None
+        raise OSError(f"{cache.path} cannot be written ({innermost(errors)}): nothing more was asked, and what it holds is kept") from None
     finally:
-        bar.close()
+        shown.cancel()
+        count.bar.close()
         for backend in backends.values():
             await backend.close()
-    tally.usd = cache.spent
-    return tally
+    count.tally.usd = cache.spent
+    return count.tally
+
+
+def innermost(error: BaseException) -> BaseException:
+    "The first error in groups of groups."
+    return innermost(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 # %% ../../nbs/providers/18_asking.ipynb #3d108c83
 def finished(coroutine: Coroutine) -> object:

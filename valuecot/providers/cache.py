@@ -14,19 +14,23 @@ import time
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 
 from .requests import Reply, Request, as_reply, as_request, canonical
 from ..store import write_bytes
 
 # %% auto #0
-__all__ = ['TABLES', 'connect', 'Writer', 'CapReached', 'Cache', 'export_replies', 'import_replies']
+__all__ = ['TABLES', 'SEND', 'connect', 'Writer', 'sending', 'CapReached', 'OpenBatch', 'Cache', 'export_replies',
+           'import_replies']
 
 # %% ../../nbs/providers/15_cache.ipynb #ee2c2f19
 TABLES = """
 CREATE TABLE IF NOT EXISTS replies(key TEXT PRIMARY KEY, request TEXT NOT NULL, reply TEXT NOT NULL, source TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS sends(id INTEGER PRIMARY KEY, key TEXT NOT NULL, provider TEXT NOT NULL, model TEXT NOT NULL, at REAL NOT NULL,
     most INTEGER NOT NULL, outcome TEXT, input_tokens INTEGER, output_tokens INTEGER, cost INTEGER);
+CREATE TABLE IF NOT EXISTS batches(name TEXT PRIMARY KEY, provider TEXT NOT NULL, model TEXT NOT NULL, at REAL NOT NULL, id TEXT, state TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS held(batch TEXT NOT NULL, key TEXT NOT NULL, request TEXT NOT NULL, send INTEGER NOT NULL, PRIMARY KEY (batch, key));
 CREATE TABLE IF NOT EXISTS total(cost INTEGER NOT NULL);
 INSERT INTO total SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM total);
 CREATE TRIGGER IF NOT EXISTS sent AFTER INSERT ON sends BEGIN UPDATE total SET cost = cost + COALESCE(NEW.cost, NEW.most); END;
@@ -55,8 +59,11 @@ class Writer(threading.Thread):
         self.start()
 
     def write(self, statement: str, *values: object) -> Future:  # number of rows changed, id of the last; done when it is on disk
+        return self.write_all((statement, values))
+
+    def write_all(self, *statements: tuple[str, tuple]) -> Future:  # of the first one; all of them are on disk, or none
         job = Future()
-        self.waiting.put((job, statement, values))
+        self.waiting.put((job, statements))
         return job
 
     def stop(self) -> None:
@@ -75,26 +82,45 @@ class Writer(threading.Thread):
         db.close()
 
     @staticmethod
-    def commit(db: sqlite3.Connection, jobs: list[tuple[Future, str, tuple]]) -> None:
-        waiting = [job.set_running_or_notify_cancel() for job, *_ in jobs]  # what was asked for is written, also where nobody waits any more
+    def commit(db: sqlite3.Connection, jobs: list[tuple[Future, tuple[tuple[str, tuple], ...]]]) -> None:
+        waiting = [job.set_running_or_notify_cancel() for job, _ in jobs]  # what was asked for is written, also where nobody waits any more
         try:
             db.execute("BEGIN IMMEDIATE")
-            done = [(cursor.rowcount, cursor.lastrowid) for _, statement, values in jobs for cursor in [db.execute(statement, values)]]
+            done = [[(cursor.rowcount, cursor.lastrowid) for cursor in (db.execute(*statement) for statement in statements)][0] for _, statements in jobs]
             db.execute("COMMIT")
         except Exception as error:  # a full disk, a lock held for a minute: whoever waits is told
             if db.in_transaction:
                 db.execute("ROLLBACK")
-            for (job, *_), waits in zip(jobs, waiting, strict=True):
+            for (job, _), waits in zip(jobs, waiting, strict=True):
                 if waits:
                     job.set_exception(error)
         else:
-            for (job, *_), waits, result in zip(jobs, waiting, done, strict=True):
+            for (job, _), waits, result in zip(jobs, waiting, done, strict=True):
                 if waits:
                     job.set_result(result)
 
-# %% ../../nbs/providers/15_cache.ipynb #0f302760
+# %% ../../nbs/providers/15_cache.ipynb #97127f80
+SEND = "INSERT INTO sends(key, provider, model, at, most) SELECT ?, ?, ?, ?, ? WHERE ? IS NULL OR (SELECT cost FROM total) + ? <= ?"
+
+
+def sending(request: Request, most: int, cap: int | None) -> tuple:
+    "Values of SEND."
+    return request.key, request.provider, request.model, time.time(), most, cap, most, cap
+
+
 class CapReached(Exception):
     "One more sending could cost more than is allowed."
+
+
+@dataclass(frozen=True)
+class OpenBatch:
+    "A batch whose results are not read."
+
+    name: str  # ours
+    state: str  # "made": nothing has left; "leaving": it may have been accepted; "open": it was
+    at: float  # of that state, seconds since 1970
+    id: str | None  # the provider's
+    held: dict[str, tuple[Request, int]]  # by key: the question, and the row of its sending
 
 
 class Cache:
@@ -124,10 +150,7 @@ class Cache:
 
     def send(self, request: Request, most: int, cap: int | None) -> Future:  # (rows, id): no row where the cap would be passed
         "Log a sending that costs at most `most` nano-dollars, before it leaves."
-        return self.writer.write(
-            "INSERT INTO sends(key, provider, model, at, most) SELECT ?, ?, ?, ?, ? WHERE ? IS NULL OR (SELECT cost FROM total) + ? <= ?",
-            request.key, request.provider, request.model, time.time(), most, cap, most, cap,
-        )  # fmt: skip
+        return self.writer.write(SEND, *sending(request, most, cap))
 
     def settle(self, send: int, outcome: str, cost: int | None, reply: Reply | None = None) -> Future:
         "Log how a sending ended; a cost of None stays at the most it can be."
@@ -137,6 +160,43 @@ class Cache:
     def keep(self, request: Request, reply: Reply, source: str) -> Future:  # source: "live", "batch", "import", "local"
         "Store a reply; the first one to a question stays."
         return self.writer.write("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?)", request.key, request.text, canonical(reply), source)
+
+    def begin_batch(self, name: str, provider: str, model: str) -> Future:
+        "Log a batch; nothing has left."
+        return self.writer.write("INSERT INTO batches VALUES (?, ?, ?, ?, NULL, 'made')", name, provider, model, time.time())
+
+    def hold(self, name: str, request: Request, most: int, cap: int | None) -> Future:  # (rows, id) as of `send`
+        "`send`, as part of a batch."
+        held = "INSERT INTO held SELECT ?, ?, ?, last_insert_rowid() WHERE changes()"  # no row where the cap would be passed
+        return self.writer.write_all((SEND, sending(request, most, cap)), (held, (name, request.key, request.text)))
+
+    def mark_batch(self, name: str, state: str, id: str | None = None) -> Future:  # "leaving": it may be accepted from now on; "open": under this id
+        "Log what becomes of a batch; no row where another run withdrew it."
+        return self.writer.write("UPDATE batches SET state = ?, id = ?, at = ? WHERE name = ? AND state IN ('made', 'leaving')", state, id, time.time(), name)
+
+    def end_batch(self, name: str) -> Future:
+        "Log that all results of a batch are kept."
+        return self.writer.write_all(("UPDATE batches SET state = 'ended' WHERE name = ?", (name,)), ("DELETE FROM held WHERE batch = ?", (name,)))
+
+    def withdraw_batch(self, name: str, outcome: str, cost: int | None = 0) -> Future:  # cost: of each question; None: the most it can be
+        "Give a batch up: its questions may be asked again."
+        sends = "UPDATE sends SET outcome = ?, cost = ? WHERE id IN (SELECT send FROM held WHERE batch = ?)"
+        ended = "UPDATE batches SET state = 'withdrawn' WHERE name = ?"
+        return self.writer.write_all((sends, (outcome, cost, name)), (ended, (name,)), ("DELETE FROM held WHERE batch = ?", (name,)))
+
+    def open_batches(self, provider: str, model: str) -> list[OpenBatch]:
+        "Batches whose results are not read, oldest first."
+        rows = self.db.execute("SELECT name, state, at, id FROM batches WHERE provider = ? AND model = ? AND state IN ('made', 'leaving', 'open') ORDER BY at", (provider, model))
+        return [OpenBatch(*row, self.held(row[0])) for row in rows.fetchall()]
+
+    def held(self, name: str) -> dict[str, tuple[Request, int]]:  # by key: the question, and the row of its sending
+        "What is in a batch."
+        rows = self.db.execute("SELECT key, request, send FROM held WHERE batch = ?", (name,))
+        return {key: (as_request(request), send) for key, request, send in rows}
+
+    def batch_ids(self, provider: str) -> set[str]:
+        "Ids of all batches that this file ever knew."
+        return {row[0] for row in self.db.execute("SELECT id FROM batches WHERE provider = ? AND id IS NOT NULL", (provider,))}
 
     def settled(self) -> Future:
         "Done when everything written so far is on disk."

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..data import details
 from ..providers.asking import Backend, Live
+from ..providers.batches import Batched
 from ..providers.cache import Cache
 from ..providers.local import Local
 from ..providers.prices import Price
@@ -107,7 +108,8 @@ def backend_of(model: TeacherModel) -> Backend:
     if model.provider == "transformers":
         own = root() / model.model  # a folder beside the project reads the same from every working folder
         return Local(str(own) if own.exists() else model.model, model.connections)
-    return Live(model.provider, price_of(model), model.base_url, model.connections, model.per_minute, model.tokens_per_minute, model.timeout)
+    who = model.provider, price_of(model), model.base_url, model.connections
+    return Batched(*who, timeout=model.timeout) if model.batched else Live(*who, model.per_minute, model.tokens_per_minute, model.timeout)
 
 
 def backends(models: Iterable[TeacherModel]) -> tuple[dict[str, Backend], dict[str, str]]:  # by provider/model: who can be asked; why the others cannot
@@ -143,8 +145,8 @@ def estimate(
         asked, told = round(len(want.request.text.encode()) / BYTES), round(1.4 * 1.6 * words * (1 + THOUGHT))
         row["input_tokens_likely"] += asked
         row["output_tokens_likely"] += told
-        row["usd_likely"] += price.cost(asked, told) / 1e9
-        row["usd_at_most"] += price.most(want.request) / 1e9
+        row["usd_likely"] += price.cost(asked, told, models[want.desk.name].batched) / 1e9
+        row["usd_at_most"] += price.most(want.request, models[want.desk.name].batched) / 1e9
     return list(rows.values())
 
 
@@ -160,5 +162,5 @@ def cost_lines(rows: list[dict[str, object]], missing: dict[str, str], cap: floa
     for r in paid:
         found.append(f"  {r['teacher']}: {r['questions']:,} questions, {r['on_disk']:,} of them on disk; likely {usd(r['usd_likely'])} ({r['input_tokens_likely']:,} tokens in, {r['output_tokens_likely']:,} out, a guess), at most {usd(r['usd_at_most'])}")
     likely, most = sum(r["usd_likely"] for r in rows), sum(r["usd_at_most"] for r in rows)
-    head = f"teachers: likely {usd(likely)}, at most {usd(most)} at list prices; spent so far {usd(spent)}; nothing is sent that could pass the cap of ${cap:.2f}" if paid else "teachers: nothing to pay"
+    head = f"teachers: likely {usd(likely)}, at most {usd(most)} at list prices, and at the batch share where batched = yes; spent so far {usd(spent)}; nothing is sent that could pass the cap of ${cap:.2f}" if paid else "teachers: nothing to pay"
     return [head, *found, *(f"  {reason}" for reason in missing.values())]
