@@ -22,7 +22,7 @@ from valuecot.data.world import generate
 from valuecot.teacher.rules import write_trace
 from valuecot.types import Prompt
 
-FAULTS = "rate_limited", "broken", "reset", "malformed", "hang", "truncated", "empty", "short"
+FAULTS = "rate_limited", "broken", "reset", "malformed", "hang", "truncated", "empty", "short", "repeated"
 SHARES = "errored", "expired", "missing", "duplicated", "nameless"
 PLAIN = "The same words for everyone, some after\u2028a break that ends no line. " * 20
 WRONG = (  # what a careless model writes instead of the object that was asked for
@@ -114,7 +114,7 @@ class Server:
 
     def __init__(self, rates: dict[str, float], latency: float, seed: int, plain: bool = False, delay: float = 0.0, lost: int = 0, unlisted: float = 0.0, state: str = ""):
         self.rates, self.latency, self.seed, self.plain, self.delay, self.lost, self.unlisted, self.state = rates, latency, seed, plain, delay, lost, unlisted, state
-        self.seen, self.counts, self.bodies, self.headers = Counter(), Counter(), [], []
+        self.last, self.seen, self.counts, self.bodies, self.headers = {}, Counter(), Counter(), [], []
         self.files, self.batches, self.submitted, self.calls = {}, {}, Counter(), []
 
     def fault(self, body: bytes) -> str | None:
@@ -129,7 +129,12 @@ class Server:
     def text(self, question: str, fault: str | None) -> str:
         if fault == "malformed":
             return WRONG[int(draw("wrong", question) * len(WRONG))](written(question))
-        return "" if fault == "empty" else PLAIN if self.plain else written(question)
+        if fault == "empty" or self.plain:
+            return "" if fault == "empty" else PLAIN
+        kind = '"annealing_cot"' in question
+        if fault != "repeated" or kind not in self.last:
+            self.last[kind] = written(question)
+        return self.last[kind]
 
     async def answer(self, request: web.Request, model: str, question: str, form) -> web.StreamResponse:
         body = await request.read()

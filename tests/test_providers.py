@@ -20,6 +20,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 from pydantic import BaseModel, ConfigDict
+
 from valuecot.companion import pages
 from valuecot.data.world import generate
 from valuecot.providers.asking import Live, Policy, ask_all, seconds
@@ -29,6 +30,7 @@ from valuecot.providers.requests import Failed, Reply, Request, as_request, cano
 from valuecot.providers.structured import Malformed, read
 from valuecot.providers.wire import WIRES, read_reply
 from valuecot.teacher.asked import Desk, Quarantined, by_reason, collect, wanted, with_traces
+from valuecot.teacher.audit import audit
 from valuecot.teacher.rules import write_trace
 
 HERE = Path(__file__).parent
@@ -442,6 +444,17 @@ def test_every_prompt_ends_as_a_trace_or_a_reason(cache):
     assert traced(60, "", cache)[:2] == (traces, aside)  # with nobody to ask
 
 
+def test_a_server_that_repeats_its_replies_is_seen_by_the_audit(cache):
+    "Every reply is well formed: only beside the others does it look odd."
+    with server(repeated=0.15) as (root, told):
+        traces, aside, _ = traced(100, root, cache)
+        repeated = told()["counts"]["repeated"]
+    found = [f for f in audit(generate(100, seed=0), traces) if f.kind == "near-duplicate"]
+    clean = [f for f in audit(generate(100, seed=0), [write_trace(p, s, 80, 0) for p in generate(100, seed=0) for s in ("standard", "annealing")]) if f.kind == "near-duplicate"]
+    assert len(traces) == 200 and not aside and repeated > 15
+    assert 0.95 * repeated <= len(found) <= repeated + 0.05 * len(traces) and len(clean) <= 0.05 * len(traces)
+
+
 def test_a_cap_leaves_the_rest_unasked_and_says_how_many(cache):
     with server() as (root, _):
         traces, aside, tally = traced(40, root, cache, Policy(cap=0.01))
@@ -630,6 +643,7 @@ STORIES = Path(__file__).parents[2] / "shared" / "data" / "lm_stories260K"
 
 def test_a_real_model_on_this_machine_answers_the_same_alone_and_in_a_round(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     from valuecot.providers.local import Local
 
     if not STORIES.exists():
