@@ -56,8 +56,8 @@ peers: env ## other curvature packages, for benchmarks and tests, without their 
 bench: env peers ## side by side: curvature against its peers, the study against its budget -> outputs/bench/ (ARGS="curvature")
 	@$(PY) benchmarks/budget.py $(ARGS)
 
-publish: env ## send the traces of PROFILE to the Hugging Face hub, as the private data set REPO=owner/name
-	@$(PY) -m valuecot.geometry.release $(PROFILE) "$(REPO)"
+publish: env ## send the traces of PROFILE and SET to the Hugging Face hub, as the private data set REPO=owner/name
+	@$(PY) -m valuecot.geometry.release $(PROFILE) $(call quoted,$(REPO)) $(call quoted,$(SET))
 
 companion: env ## build the pages again from what was run
 	@$(PY) -m valuecot.companion.pages $(PROFILE)

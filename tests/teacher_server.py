@@ -138,6 +138,8 @@ class Server:
 
     async def answer(self, request: web.Request, model: str, question: str, form) -> web.StreamResponse:
         body = await request.read()
+        if len(body) > 2**20:  # batches may be larger
+            return web.json_response({"error": {"message": "too large"}}, status=413)
         fault = self.fault(body)
         self.counts["requests"] += 1
         self.counts[fault or "answered"] += 1
@@ -171,11 +173,16 @@ class Server:
         model = request.match_info["model"]
         return await self.answer(request, model, body["contents"][0]["parts"][0]["text"], google_answer)
 
-    async def refused(self, request: web.Request) -> web.Response:
-        "A server that repeats the caller's key."
+    async def refused(self, request: web.Request) -> web.StreamResponse:
+        "A server that repeats the caller's key, for half of all questions or, where it is closed, for all."
+        if "closed" not in request.path and draw("refused", await request.read()) < 0.5:
+            return await self.openai(request)
         self.counts["requests"] += 1
         self.headers = [*self.headers[-9:], dict(request.headers)]
         return web.json_response({"error": {"message": f"{request.headers.get('Authorization')} is not welcome"}}, status=400)
+
+    async def moved(self, request: web.Request) -> web.Response:
+        raise web.HTTPTemporaryRedirect(f"http://localhost:{request.url.port}/v1/chat/completions")  # another host, to a client
 
     async def told(self, request: web.Request) -> web.Response:
         return web.json_response({"counts": self.counts, "bodies": self.bodies, "headers": self.headers, "submitted": self.submitted, "calls": self.calls, "batches": list(self.batches)})
@@ -342,6 +349,7 @@ class Server:
         app.add_routes([
             web.post("/v1/chat/completions", self.openai), web.post("/v1/messages", self.anthropic),
             web.post("/v1/models/{model}:generateContent", self.google), web.get("/counts", self.told), web.post("/refused/chat/completions", self.refused),
+            web.post("/closed/chat/completions", self.refused), web.post("/moved/chat/completions", self.moved),
             web.post("/v1/files", self.upload), web.post("/v1/batches", self.openai_batch), web.get("/v1/batches", self.all_batches),
             web.get("/v1/batches/{id}", self.one_batch), web.get("/v1/files/{id}/content", self.batch_results),
             web.post("/v1/messages/batches", self.anthropic_batch), web.get("/v1/messages/batches", self.all_batches),

@@ -281,6 +281,25 @@ def test_a_batch_that_nobody_waits_for_is_read_where_it_is_ready(cache):
         assert all(cache.reply(r) for r in questions(3)) and states(cache) == ["ended"] * 2
 
 
+def test_what_left_with_a_batch_is_not_asked_live_as_well(cache):
+    with queue_server(delay=60) as (root, server):
+        name = begin_and_stop(cache, root, questions(3))
+        live = Live("openai", PRICE, f"{root}/v1")
+        tally = asyncio.run(ask_all(questions(5), {live_name: live for live_name in ["openai/m"]}, cache, quick()))
+        assert tally.replied == 2 and len(tally.failures) == 3 and all(name in f.reason and "batched = yes" in f.reason for f in tally.failures)
+        server.delay = 0
+        assert ask(questions(5), root, cache).replied == 3
+
+
+def test_a_batch_that_leaves_in_this_moment_is_not_withdrawn(cache):
+    cache.begin_batch("valuecot-x", "openai", "m").result()
+    cache.hold("valuecot-x", questions(1)[0], 5, None).result()
+    cache.mark_batch("valuecot-x", "leaving").result()
+    assert cache.withdraw_batch("valuecot-x", "withdrawn", only="made").result()[0] == 0
+    assert len(cache.held("valuecot-x")) == 1 and cache.ledger()[0]["unanswered"] == 1
+    assert cache.withdraw_batch("valuecot-x", "given-up", None).result()[0] == 1 and not cache.held("valuecot-x")
+
+
 def test_nothing_to_ask_sends_nothing(cache):
     with queue_server() as (root, server):
         assert ask([], root, cache).replied == 0

@@ -12,9 +12,12 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import pyarrow.parquet
@@ -32,11 +35,14 @@ from valuecot.providers.wire import WIRES, read_reply
 from valuecot.teacher.asked import Desk, Quarantined, by_reason, collect, wanted, with_traces
 from valuecot.teacher.audit import audit
 from valuecot.teacher.rules import write_trace
+from valuecot.teacher.schemas import StandardReply
+from valuecot.types import Prompt
 
 HERE = Path(__file__).parent
 KEY = "sk-planted-0123456789abcdef"
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
 PRICE = Price(0.05, 0.40)
+PINNED = {"standard": "f8042a33ef079c26", "annealing": "7e4c65b33be2c0ae"}
 QUICK = Policy(tries=8, first_wait=0.01, rng=random.Random(0))
 
 
@@ -226,7 +232,8 @@ def test_a_wait_is_as_long_as_asked_and_grows():
     assert all(3.0 <= policy.wait(1, 3.0) <= 3.5 for _ in range(50))
     longest = [max(policy.wait(tried, None) for _ in range(400)) for tried in range(1, 8)]
     assert longest == sorted(longest[:4]) + longest[4:] and max(longest) <= 4.0 and longest[3] > 3.5
-    assert (seconds("2"), seconds("-1"), seconds(None), seconds("Wed, 21 Oct 2026 07:28:00 GMT")) == (2.0, 0.0, None, None)
+    assert [seconds(x) for x in ("2", "-1", None, "soon", "inf", "nan", "Wed, 21 Oct 2020 07:28:00 GMT")] == [2.0, 0.0, None, None, None, None, 0.0]
+    assert 50 < seconds(format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)) <= 60
 
 
 def test_a_limit_per_minute_is_kept(cache):
@@ -257,6 +264,23 @@ def test_a_mistake_in_a_backend_ends_one_question_and_not_the_batch(cache):
     assert cache.ledger()[0]["failures"] == {"ZeroDivisionError": 1}
 
 
+@pytest.mark.parametrize("text, tokens", [("half a \ud83d", 5), ("fine", None), ("fine", -1), ("fine", "5")])
+def test_an_answer_that_no_file_can_hold_is_malformed(text, tokens):
+    body = {"model": "m", "choices": [{"finish_reason": "stop", "message": {"content": text}}], "usage": {"prompt_tokens": 3, "completion_tokens": tokens}}
+    with pytest.raises(Failed, match="malformed answer") as error:
+        read_reply("server", body)
+    assert error.value.again and error.value.billed
+
+
+def test_one_reply_that_cannot_be_written_spoils_no_other(cache, monkeypatch):
+    commit, gate = Writer.commit, threading.Event()
+    monkeypatch.setattr(Writer, "commit", staticmethod(lambda db, jobs: (gate.wait(), commit(db, jobs))))
+    jobs = [cache.keep(questions(1, sample=i)[0], Reply("half \ud83d" if i == 7 else "whole", "m", 1, 1, "stop"), "live") for i in range(20)]
+    gate.set()
+    assert [i for i, job in enumerate(jobs) if job.exception(10)] == [7]
+    assert cache.db.execute("SELECT COUNT(*) FROM replies").fetchone() == (19,)
+
+
 def test_a_wait_that_was_given_up_does_not_stop_the_writer(cache):
     for i in range(50):
         cache.keep(questions(1, sample=i)[0], Reply("a", "m", 1, 1, "stop"), "live").cancel()
@@ -284,6 +308,23 @@ def test_a_run_that_is_stopped_keeps_what_came(cache, monkeypatch):
         assert 10 <= kept == len(came) < 400 and cache.ledger()[0]["unanswered"] <= 8
         monkeypatch.undo()
         assert ask(questions(400), root, cache).known == kept
+
+
+def test_other_peoples_replies_are_not_mixed_with_ones_own(cache, tmp_path):
+    with Cache(tmp_path / "theirs.sqlite") as theirs:
+        for i in range(3):
+            theirs.keep(questions(3)[i], Reply(f"theirs {i}", "m", 1, 1, "stop"), "live").result()
+        export_replies(theirs, tmp_path / "theirs.jsonl.gz")
+    cache.keep(questions(1)[0], Reply("mine", "m", 1, 1, "stop"), "live").result()
+    with pytest.raises(ValueError, match="holds other replies to 1 questions .*nothing was imported"):
+        import_replies(cache, tmp_path / "theirs.jsonl.gz")
+    assert cache.db.execute("SELECT COUNT(*) FROM replies").fetchone() == (1,)
+
+
+def test_a_cache_that_cannot_be_opened_is_not_called_broken(tmp_path):
+    (tmp_path / "folder.sqlite").mkdir()
+    with pytest.raises(OSError, match="cannot be opened .*untouched"):
+        Cache(tmp_path / "folder.sqlite")
 
 
 def test_nobody_to_ask(cache):
@@ -407,7 +448,7 @@ def test_curly_quotes_and_line_breaks_are_read():
 
 
 @pytest.mark.parametrize("text, said", [
-    ("", "no JSON"), ("I cannot help with that.", "no JSON"), ('{"value": "duty"}', "why: Field required"), ('{"value": "duty", "why": 3}', "why"), ("[1, 2]", "no JSON"),
+    ("", "no JSON"), ("I cannot help with that.", "no JSON"), ('{"value": "duty"}', "why is missing"), ('{"value": "duty", "why": 3}', "why"), ("[1, 2]", "no JSON"),
     ('{"value": "duty", "why": "x", "more": 1}', "more"), (WHOLE + WHOLE.replace("duty", "care"), "2 different objects"), ("null", "no JSON"), ("{" * 3000, "no JSON"),
 ])  # fmt: skip
 def test_what_is_not_there_is_not_invented(text, said):
@@ -453,6 +494,29 @@ def test_a_server_that_repeats_its_replies_is_seen_by_the_audit(cache):
     clean = [f for f in audit(generate(100, seed=0), [write_trace(p, s, 80, 0) for p in generate(100, seed=0) for s in ("standard", "annealing")]) if f.kind == "near-duplicate"]
     assert len(traces) == 200 and not aside and repeated > 15
     assert 0.95 * repeated <= len(found) <= repeated + 0.05 * len(traces) and len(clean) <= 0.05 * len(traces)
+
+
+def test_what_was_paid_for_and_empty_is_not_asked_again_and_replays(cache, tmp_path):
+    with server(empty=0.15) as (root, told):
+        traces, aside, tally = traced(30, root, cache)
+        sent, spent = told()["counts"]["requests"], cache.spent
+        assert sum(q.reason.startswith("empty reply") for q in aside) > 3 and not tally.failures
+        assert traced(30, root, cache)[:2] == (traces, aside) and told()["counts"]["requests"] == sent and cache.spent == spent
+    export_replies(cache, tmp_path / "all.jsonl.gz")
+    with Cache(tmp_path / "other.sqlite") as other:
+        import_replies(other, tmp_path / "all.jsonl.gz")
+        again = traced(30, "", other)
+        assert again[:2] == (traces, aside) and not again[2].failures
+        export_replies(other, tmp_path / "again.jsonl.gz")
+    assert (tmp_path / "all.jsonl.gz").read_bytes() == (tmp_path / "again.jsonl.gz").read_bytes()
+
+
+def test_what_was_refused_for_free_is_asked_again_where_somebody_is_there(cache):
+    with server() as (root, told):
+        tally = asyncio.run(ask_all(questions(6), {"server/m": Live("server", PRICE, f"{root}/closed")}, cache, QUICK))
+        assert all(f.lasting for f in tally.failures) and cache.spent == 0
+        assert [f.reason for f in asyncio.run(ask_all(questions(6), {}, cache)).failures] == [f.reason for f in tally.failures]  # a replay
+        assert ask(questions(6), root, cache).replied == 6
 
 
 def test_a_cap_leaves_the_rest_unasked_and_says_how_many(cache):
@@ -515,6 +579,17 @@ def test_arms_are_compared_on_the_same_prompts():
     lost = Quarantined(prompts[1].id, "annealing", "somebody", "refusal", "")
     left, kept = with_traces(prompts, [t for t in traces if (t.prompt_id, t.style) != (prompts[1].id, "annealing")], [lost])
     assert [p.id for p in left] == [prompts[i].id for i in (0, 2, 3)] and len(kept) == 6
+
+
+def test_questions_keep_their_names():
+    "A changed key would ask, and pay, for everything again: no docstring and no other version of pydantic may do that."
+    prompt = Prompt("p", "I promised my son a dog, and my landlord allows none.", "x", "loyalty", "honesty", "")
+    keys = {style: desk().question(prompt, style, 60, {style: "Think about {prompt} in {words} words."}).key[:16] for style in ("standard", "annealing")}
+    assert keys == PINNED
+    reply = Reply('{"values": {"value_1": "a b c d"}, "more": 1, "response": "x"}', "m", 1, 1, "stop")
+    with pytest.raises(Malformed) as error:
+        read(reply, StandardReply)
+    assert str(error.value) == "values.value_1 has 4 words, at most three allowed; values.value_2 is missing; response is no object; more is not asked for"
 
 
 # ------------------------------------------------------------------------- keys
@@ -582,6 +657,21 @@ def test_a_thousand_prompts_ten_kills_all_faults(tmp_path, seed):
     check_kills(tmp_path, 1000, 10, seed, rate_limited=0.1, broken=0.05, reset=0.02, malformed=0.03)
 
 
+def test_a_key_is_hidden_also_where_a_message_is_cut(monkeypatch):
+    monkeypatch.setenv("SERVER_API_KEY", KEY)
+    live = Live("server", PRICE, "http://localhost:1/v1")
+    for place in range(150, 210):
+        assert "sk-pl" not in live.refused(400, None, "x" * place + KEY).reason
+    assert live.refused(400, None, "the prompt is too long").lasting and not live.refused(400, None, "API key not valid").lasting and not live.refused(400, None, "your credit balance is too low").lasting
+
+
+def test_a_redirect_does_not_take_the_key_along(cache, monkeypatch):
+    monkeypatch.setenv("SERVER_API_KEY", KEY)
+    with server() as (root, told):
+        tally = asyncio.run(ask_all(questions(2), {"server/m": Live("server", PRICE, f"{root}/moved")}, cache, QUICK))
+        assert [f.reason[:3] for f in tally.failures] == ["307", "307"] and told()["counts"].get("requests", 0) == 0
+
+
 def unpacked(path: Path) -> bytes:
     "A file, and what it holds where it is packed."
     raw = path.read_bytes()
@@ -609,8 +699,11 @@ def test_a_key_is_in_no_file_of_a_study(prompts_only, monkeypatch):
 
 
 def test_a_study_whose_teachers_all_refuse_stops_and_says_why(prompts_only, tmp_path, monkeypatch):
-    with server() as (root, told), pytest.raises(RuntimeError, match="no trace came of 72 questions .*is not welcome"):
-        stage_run(prompts_only, tmp_path / "a", f"{root}/refused", monkeypatch)
+    with server() as (root, told):
+        with pytest.raises(RuntimeError, match="no trace came of 72 questions to local .*is not welcome"):
+            stage_run(prompts_only, tmp_path / "a", f"{root}/closed", monkeypatch)
+        with pytest.raises(RuntimeError, match="questions to local .*its prompts would be missing from every arm"):
+            stage_run(prompts_only, tmp_path / "b", f"{root}/closed", monkeypatch, "geometry.traces.teachers=rules,local")
 
 
 # ------------------------------------------------------------------------- on this machine

@@ -13,8 +13,10 @@ from valuecot.flow.run import begin
 from valuecot.geometry import release as stage_module
 from valuecot.geometry.release import run_release, stage
 from valuecot.settings import load
-from valuecot.store import read_json, read_records
-from valuecot.teacher.release import origin, released
+from valuecot.store import read_json, read_records, write_records
+from valuecot.teacher.asked import Quarantined
+from valuecot.teacher.audit import Finding
+from valuecot.teacher.release import card, origin, released
 from valuecot.types import Prompt, Trace
 
 
@@ -74,6 +76,26 @@ def test_without_a_licence_no_text_leaves(begun):
     assert not list(run.out.glob("*.gz")) and traces[0].prompt_id in said and "withheld" in said and "license: other" in said
 
 
+def test_a_reason_may_quote_and_is_withheld_too(begun):
+    prompt = read_records(begun.inputs["prompts/all/all/all"] / "prompts.jsonl", Prompt)[0]
+    aside = [Quarantined(prompt.id, "annealing", "rules", f"need 4 words, got 3: '{prompt.text[:30]}'", "")]
+    with_texts, without = (card(load("test", o)["geometry"], {}, [], aside, {}, "test") for o in ("", "geometry.prompts=some/folder"))
+    assert prompt.text[:30] in with_texts and prompt.text[:30] not in without and "withheld, since it may quote" in without
+
+
+def test_findings_in_one_split_alone_still_load(begun, tmp_path):
+    findings = read_records(begun.inputs["audit/all/all/all"] / "findings.jsonl", Finding)
+    prompts = {p.id: p for p in read_records(begun.inputs["prompts/all/all/all"] / "prompts.jsonl", Prompt)}
+    trace = next(t for t in read_records(begun.inputs["traces/all/all/all"] / "traces.jsonl", Trace) if prompts[t.prompt_id].split == "sft")
+    only = [f for f in findings if prompts[f.prompt_id].split == "sft"] + [Finding(trace.prompt_id, trace.style, "rules", "refusal", "x")]
+    (tmp_path / "audit").mkdir()
+    write_records(tmp_path / "audit" / "findings.jsonl", only)
+    run_release(replace(begun, inputs=begun.inputs | {"audit/all/all/all": tmp_path / "audit"}))
+    files = {p.stem: str(p) for p in (begun.out / "data").glob("*.parquet")}
+    found = load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))
+    assert found["sft"].features == found["heldout"].features and any("refusal" in row["audit"] for row in found["sft"])
+
+
 def test_a_licence_is_stated_known_or_refused():
     assert origin(load("paper")["geometry"])[1] == "mit" and released(load("tiny")["geometry"])
     assert released(load("tiny", "geometry.prompts=a/folder geometry.licence=CC-BY-4.0")["geometry"])
@@ -89,7 +111,7 @@ def test_publishing_needs_a_release_a_name_and_a_network(outputs, tmp_path):
 
     assert "usage" in publish(tmp_path, "test").stderr and "usage" in publish(tmp_path, "test", "no-owner").stderr
     none = publish(tmp_path, "test", "owner/name")
-    assert none.returncode == 2 and "no release of profile test: run `make study" in none.stderr
+    assert none.returncode == 2 and "this stage needs release" in none.stderr and "run `make study" in none.stderr
     offline = publish(outputs, "test", "owner/name")
     assert offline.returncode == 2 and "nothing was published" in offline.stderr and "Traceback" not in offline.stderr
 
@@ -99,13 +121,25 @@ def test_publishing_sends_the_release_alone_and_in_private(outputs, monkeypatch)
     sent = []
 
     class Hub:
+        private = True
+
         def create_repo(self, name, **more):
             sent.append((name, more["private"]))
 
+        def repo_info(self, name, **more):
+            return self
+
         def upload_folder(self, **more):
+            assert more["delete_patterns"] == ["data/*.parquet", "replies.jsonl.gz"]
             sent.append((more["repo_id"], sorted(p for pattern in more["allow_patterns"] for p in (q.relative_to(more["folder_path"]).as_posix() for q in more["folder_path"].glob(pattern)))))
             return "https://hub/owner/name"
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     assert stage_module.publish("test", "owner/name") == "https://hub/owner/name"
     assert sent == [("owner/name", True), ("owner/name", ["README.md", "data/heldout.parquet", "data/sft.parquet", "replies.jsonl.gz"])]
+    with pytest.raises(ValueError, match="is stale"):
+        stage_module.publish("test", "owner/name", "geometry.licence=mit")
+    Hub.private = False
+    with pytest.raises(ValueError, match="owner/name is public"):
+        stage_module.publish("test", "owner/name")
+    assert len([s for s in sent if isinstance(s[1], list)]) == 1

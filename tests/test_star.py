@@ -133,7 +133,7 @@ def test_templates_that_cannot_be_used(tmp_path, name, text, said):
 
 @pytest.mark.parametrize("value, said", [
     ({"reasoning": "r", "answer": "D"}, "should be 'A', 'B' or 'C'"), ({"reasoning": "r", "answer": "b"}, "should be 'A', 'B' or 'C'"), ({"reasoning": "r", "answer": "B. Opposes"}, "'A', 'B' or 'C'"),
-    ({"reasoning": " ", "answer": "A"}, "blank"), ({"reasoning": "<think>r</think>", "answer": "A"}, "mark"), ({"answer": "A"}, "reasoning: Field required"),
+    ({"reasoning": " ", "answer": "A"}, "blank"), ({"reasoning": "<think>r</think>", "answer": "A"}, "mark"), ({"answer": "A"}, "reasoning is missing"),
     ({"reasoning": "r", "answer": ["A"]}, "answer"), ({"reasoning": "r", "answer": "A", "more": 1}, "more"), ({"reasoning": "So it is. Answer: C", "answer": "A"}, "says 'Answer: C'"),
 ])  # fmt: skip
 def test_replies_that_do_not_answer(value, said):

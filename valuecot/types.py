@@ -58,7 +58,7 @@ class Trace(Shown):
     "A teacher's reasoning about one prompt, and the response it leads to."
 
     prompt_id: str
-    style: str  # "standard", "annealing"
+    style: str  # "standard", "annealing", a control made from them, or "synthetic"
     teacher: str  # who wrote it; "rules" is the offline teacher
     value_1: str  # as the teacher named it, three words at most
     value_2: str

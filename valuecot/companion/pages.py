@@ -56,7 +56,7 @@ STAGES = {  # in the order of the data flow; a stage that is not here comes last
     "landscape": "Landscape",
     "report": "Report",
 }
-SINGLE = ("report", "audit")  # stages of one run, whose page shows results first and hands out its tables
+SINGLE = ("report", "audit")  # stages that are read more than run: no list leads to their one page, which shows results first and hands out its tables
 
 
 
@@ -452,7 +452,7 @@ def write_page(
     sources: Path,  # Sphinx's source folder
     base: str = "",
 ) -> Path:
-    "Write one page, the pictures that its text shows and the tables of a report."
+    "Write one page, the pictures that its text shows and, of `SINGLE` stages, the tables."
     file = sources / (page.docname + ".ipynb")
     file.parent.mkdir(parents=True, exist_ok=True)
     notebook = page_notebook(page, pages, base)
@@ -544,7 +544,7 @@ def teasers(
 
 
 def stage_docname(pages: Sequence[Page]) -> str:  # pages of one stage
-    "The page that a stage is reached by: the report itself, or a list of its runs."
+    "The page that a stage is reached by: the run itself, or a list of its runs."
     return pages[0].docname if pages[0].stage in SINGLE else "/".join(pages[0].docname.split("/")[:3]) + "/index"
 
 

@@ -17,7 +17,7 @@ from ..stats import mean_se, wilson
 from ..store import read_records, write_records, write_text
 from ..teacher.asked import Quarantined, by_reason
 from ..teacher.audit import Finding, audit, rates
-from ..teacher.styles import ASKED, STYLES, TOLERANCE, length
+from ..teacher.styles import ASKED, STYLES, alike, length
 from ..types import Prompt, Run, Trace
 from ..view.browser import Browser, Entry
 from ..view.lengths import lengths_figure
@@ -70,7 +70,7 @@ def difference_table(rows: pd.DataFrame) -> pd.DataFrame:
         pairs = part.pivot(index="prompt_id", columns="style", values="words").reindex(columns=list(ASKED)).dropna()
         if len(pairs):
             change = pairs["annealing"] - pairs["standard"]
-            equal = (change.abs() <= TOLERANCE * pairs.max(axis=1)).mean()
+            equal = sum(alike(a, b) for a, b in pairs.itertuples(index=False)) / len(pairs)
             mean = mean_se(change.tolist(), "prompts")
             found.append({"teacher": teacher, "prompts": len(pairs), "annealing - standard (words)": mean.mean, "SE over prompts (words)": mean.se, "share of equal length": equal})
     return pd.DataFrame(found)

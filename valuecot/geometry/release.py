@@ -8,9 +8,9 @@ __all__ = ['stage', 'run_release', 'publish', 'main']
 # %% ../../nbs/geometry/28_release.ipynb #722e01cb
 import sys
 
-from ..flow.plan import Stage
-from ..flow.run import finish
-from ..settings import outputs, root
+from ..flow.plan import Job, Plan, Stage
+from ..flow.run import check_complete, finish
+from ..settings import root
 from ..store import read_records, write_bytes, write_text
 from ..teacher.asked import Quarantined
 from ..teacher.audit import Finding
@@ -25,16 +25,19 @@ stage = Stage("release", reads=("geometry", "geometry.traces", "teacher.{teacher
 # %% ../../nbs/geometry/28_release.ipynb #27824e22
 def run_release(run: Run) -> str:  # the card
     "Write data/<split>.parquet, README.md and the replies."
-    from datasets import Dataset  # here: its import takes a second, and a plan needs none of it
+    from datasets import Dataset, Features, List, Value  # here: their import takes a second, and a plan needs none of it
 
     data, folder = run.settings["geometry"], run.inputs["traces/all/all/all"]
     prompts = read_records(run.inputs["prompts/all/all/all"] / "prompts.jsonl", Prompt)
     traces = [t for name in ("traces", "controls") for t in read_records(folder / f"{name}.jsonl", Trace)]
     aside = read_records(folder / "quarantine.jsonl", Quarantined)
     rows = released_rows(prompts, traces, read_records(run.inputs["audit/all/all/all"] / "findings.jsonl", Finding), aside, released(data))
+    kinds = {bool: Value("bool"), int: Value("int64"), list: List(Value("string"))}
+    named = dict.fromkeys(("made_from", "audit", "phases"), list) | {"words": int, "in_study": bool}
+    features = Features({name: kinds.get(named.get(name), Value("string")) for name in rows[0]})  # the same in every split, also where a column is empty
     for split in sorted({r["split"] for r in rows}):
         (run.out / "data").mkdir(exist_ok=True)
-        Dataset.from_list([r for r in rows if r["split"] == split]).to_parquet(run.out / "data" / f"{split}.parquet")
+        Dataset.from_list([r for r in rows if r["split"] == split], features=features).to_parquet(run.out / "data" / f"{split}.parquet")
     own = run.settings["geometry.traces"].templates
     told = card(data, teachers_of(run.settings), rows, aside, read_templates(root() / own) if own else TEMPLATES, run.profile)
     write_text(run.out / "README.md", told)
@@ -43,29 +46,31 @@ def run_release(run: Run) -> str:  # the card
     finish(run, {"rows": len(rows), "with texts": released(data)})
     return told
 
-# %% ../../nbs/geometry/28_release.ipynb #64ef5a5c
-def publish(profile: str, repository: str) -> str:  # where it is
-    "Send a profile's release to the Hugging Face hub, as a private data set."
+# %% ../../nbs/geometry/28_release.ipynb #846fb23a
+def publish(profile: str, repository: str, overrides: str = "") -> str:  # where it is
+    "Send a profile's release to the Hugging Face hub, to a private data set; what an earlier one held there goes."
     from huggingface_hub import HfApi
 
-    folder = outputs() / profile / "geometry" / "release" / "all" / "all" / "all"
-    if not (folder / "run.json").exists():
-        raise FileNotFoundError(f"no release of profile {profile}: run `make study PROFILE={profile} STUDY=geometry` first")
+    plan = Plan(profile, "geometry", overrides)
+    folder = plan.run_file(Job("geometry", "release")).parent
+    check_complete("release/all/all/all", folder, plan)
     hub = HfApi()
     hub.create_repo(repository, repo_type="dataset", private=True, exist_ok=True)
+    if not hub.repo_info(repository, repo_type="dataset").private:
+        raise ValueError(f"{repository} is public: make it private first, and public again when you have read what is in it")
     files = ["README.md", "data/*.parquet", "replies.jsonl.gz"]
-    return str(hub.upload_folder(repo_id=repository, repo_type="dataset", folder_path=folder, allow_patterns=files, commit_message=f"valuecot, profile {profile}"))
+    return str(hub.upload_folder(repo_id=repository, repo_type="dataset", folder_path=folder, allow_patterns=files, delete_patterns=files[1:], commit_message=f"valuecot, profile {profile}"))
 
 
 def main(argv: list[str]) -> int:  # exit status
-    "`python -m valuecot.geometry.release PROFILE owner/name`"
-    if len(argv) != 2 or "/" not in argv[1]:
-        print("usage: python -m valuecot.geometry.release PROFILE owner/name", file=sys.stderr)
+    "`python -m valuecot.geometry.release PROFILE owner/name [SET]`"
+    if len(argv) not in (2, 3) or "/" not in argv[1]:
+        print("usage: python -m valuecot.geometry.release PROFILE owner/name [SET]", file=sys.stderr)
         return 2
     try:
         print(publish(*argv))
-    except (OSError, ValueError) as error:
-        print(f"error: nothing was published: {error}", file=sys.stderr)
+    except Exception as error:  # the hub's own client raises those of three libraries
+        print(f"error: nothing was published: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     return 0
 

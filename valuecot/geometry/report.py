@@ -175,7 +175,7 @@ def teacher_table(run: Run) -> pd.DataFrame:
     teacher = {t.prompt_id: t.teacher for t in traces}
     rows = collect(run, "samples", lambda folder: [{"teacher": teacher[r.prompt_id], "well_formed": r.well_formed, "reward": r.reward, "words": len(r.completion.split())} for r in read_records(folder / "rollouts.jsonl", Rollout) if r.prompt_id in teacher])
     by = rows.groupby(["model", "arm", "teacher"], sort=False)
-    return by.agg(samples=("words", "size"), well_formed=("well_formed", "mean"), reward=("reward", "mean"), words=("words", "mean")).reset_index()
+    return by.agg(samples=("words", "size"), well_formed=("well_formed", "mean"), scored=("reward", "count"), reward=("reward", "mean"), reward_se=("reward", "sem"), words=("words", "mean")).reset_index()
 
 
 def sample_table(run: Run) -> pd.DataFrame:

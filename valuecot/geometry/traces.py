@@ -32,9 +32,9 @@ def complete(found: Collected, missing: dict[str, str], cache: Cache, cap: float
         reasons = Counter(f.reason for f in failed).most_common(3)
         said = "; ".join([f"{n} x {reason}" for reason, n in reasons] + list(missing.values()))
         raise RuntimeError(f"{len(failed)} questions have no reply yet ({said}); {kept}")
-    if not found.traces:
-        reasons = Counter(q.reason for q in found.aside).most_common(3)
-        raise RuntimeError(f"no trace came of {len(found.aside)} questions ({'; '.join(f'{n} x {reason}' for reason, n in reasons)})")
+    for teacher in {q.teacher for q in found.aside} - {t.teacher for t in found.traces}:
+        reasons = Counter(q.reason for q in found.aside if q.teacher == teacher)
+        raise RuntimeError(f"no trace came of {reasons.total()} questions to {teacher} ({'; '.join(f'{n} x {reason}' for reason, n in reasons.most_common(3))}): its prompts would be missing from every arm; {kept}")
 
 # %% ../../nbs/geometry/20_traces.ipynb #1c277803
 def replies(run: Run, prompts: list[Prompt]) -> Collected:

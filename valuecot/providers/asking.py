@@ -9,10 +9,14 @@ import asyncio
 import json
 import os
 import random
+import re
 import sqlite3
+import time
 from collections.abc import Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from math import isfinite
 from typing import Protocol
 
 import aiohttp
@@ -25,10 +29,13 @@ from .requests import Failed, Failure, Reply, Request
 from .wire import WIRES, read_reply
 
 # %% auto #0
-__all__ = ['Backend', 'Live', 'seconds', 'Policy', 'one_try', 'ask_one', 'Tally', 'Count', 'work', 'apart', 'ask_all',
+__all__ = ['ACCOUNT', 'Backend', 'Live', 'seconds', 'Policy', 'one_try', 'ask_one', 'Tally', 'Count', 'work', 'apart', 'ask_all',
            'innermost', 'finished', 'ask']
 
-# %% ../../nbs/providers/18_asking.ipynb #9e04607e
+# %% ../../nbs/providers/18_asking.ipynb #e3e98e9e
+ACCOUNT = re.compile(r"api.?key|credit|billing|quota|balance|permission", re.IGNORECASE)  # a 400 about the caller and not about the question
+
+
 class Backend(Protocol):
     "Anyone who answers questions."
 
@@ -52,7 +59,7 @@ class Live:
         base_url: str = "",  # the provider's own; a server has none
         connections: int = 16,
         per_minute: int = 0,  # questions; 0: no limit
-        tokens_per_minute: int = 0,  # of question and reply, at most; 0: no limit
+        tokens_per_minute: int = 0,  # of replies at their longest; 0: no limit
         timeout: float = 120.0,  # seconds for one try
     ):
         self.wire, self.provider, self.price, self.base_url, self.connections = WIRES[provider], provider, price, base_url, connections
@@ -78,7 +85,7 @@ class Live:
         if self.session is None:
             self.session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=self.connections), timeout=self.patience)
         try:
-            async with self.session.request(method, url, headers=self.wire.headers(self.key), **content) as answer:
+            async with self.session.request(method, url, headers=self.wire.headers(self.key), allow_redirects=False, **content) as answer:  # a redirect would take the key along
                 text = await answer.text()
                 if answer.status != 200:
                     raise self.refused(answer.status, answer.headers.get("retry-after"), text)
@@ -92,9 +99,9 @@ class Live:
 
     def refused(self, status: int, after: str | None, text: str) -> Failed:
         again = status in (408, 409, 429) or status >= 500
-        said = " ".join(text.split())[:200]
-        reason = str(status) if again else f"{status} {said.replace(self.key, '[key]') if self.key else said}"
-        return Failed(reason, again, seconds(after), lasting=status in (400, 413, 422))
+        said = " ".join((text.replace(self.key, "[key]") if self.key else text).split())[:200]
+        lasting = status in (400, 413, 422) and not ACCOUNT.search(said)
+        return Failed(str(status) if again else f"{status} {said}", again, seconds(after), billed=status in (502, 504, 524), lasting=lasting)  # behind a gateway the model may have answered
 
     async def close(self) -> None:
         if self.session is not None:
@@ -103,11 +110,15 @@ class Live:
 
 
 def seconds(after: str | None) -> float | None:
-    "Of a Retry-After header; a date is left to our own wait."
+    "Of a Retry-After header: a number, or a date."
     try:
-        return max(float(after), 0.0)
+        wait = float(after)
     except (TypeError, ValueError):
-        return None
+        try:
+            wait = parsedate_to_datetime(after).timestamp() - time.time()
+        except (TypeError, ValueError):
+            return None
+    return max(wait, 0.0) if isfinite(wait) else None
 
 # %% ../../nbs/providers/18_asking.ipynb #718c4d1e
 @dataclass
@@ -160,7 +171,7 @@ async def ask_one(request: Request, backend: Backend, cache: Cache, gate: asynci
             return reply
         except Failed as error:
             if not error.again or tried == policy.tries:
-                return Failure(request.key, error.reason, tried, error.lasting)
+                return Failure(request.key, error.reason, tried, error.lasting, error.billed)
             await asyncio.sleep(policy.wait(tried, error.wait))
 
 # %% ../../nbs/providers/18_asking.ipynb #718c4d1e-2
@@ -192,6 +203,10 @@ class Count:
             self.tally.repeated += 1
         elif self.full:
             self.tally.unasked += 1
+        elif (told := self.cache.failure(request)) and (told.billed or request.who not in self.backends):  # what was paid for is not asked again, what was free may be
+            self.tally.failures.append(told)
+        elif (name := self.cache.batch_of(request)) and not hasattr(self.backends.get(request.who), "ask_many"):
+            self.tally.failures.append(Failure(request.key, f"it left with batch {name}: set batched = yes to read it, or give it up by Cache.withdraw_batch", 0, False))
         elif request.who not in self.backends:
             self.tally.failures.append(Failure(request.key, f"nobody to ask: {request.who} is not available, and the reply is not in the cache", 0, False))
         else:
@@ -206,6 +221,8 @@ class Count:
             self.tally.unasked += 1
         elif isinstance(outcome, Failure):
             self.tally.failures.append(outcome)
+            if outcome.lasting:
+                self.cache.refuse(request, outcome)
         else:
             self.tally.replied += 1
         self.flying.discard(request.key)

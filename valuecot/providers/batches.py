@@ -12,7 +12,7 @@ import uuid
 import warnings
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 import aiohttp
@@ -21,7 +21,7 @@ from .asking import Live, Policy
 from .cache import Cache, OpenBatch
 from .prices import Price
 from .requests import Failed, Failure, Reply, Request
-from .wire import WIRES, read_reply
+from .wire import read_reply
 
 # %% auto #0
 __all__ = ['STATUS', 'QUEUES', 'HOUR', 'Told', 'Queue', 'openai_entry', 'openai_order', 'openai_told', 'openai_page',
@@ -244,7 +244,7 @@ class Asking:
         "Tell of a question that is wanted."
         if key in self.wanted:
             failed = isinstance(outcome, Failed)
-            self.told(self.wanted.pop(key), Failure(key, outcome.reason, 1, outcome.lasting) if failed else outcome)
+            self.told(self.wanted.pop(key), Failure(key, outcome.reason, 1, outcome.lasting, outcome.billed) if failed else outcome)
 
     def fail(self, keys: Iterable[str], error: Failed, name: str) -> None:
         "A batch's trouble is every question's, and lies in none of them."
@@ -393,11 +393,11 @@ async def hand_over(backend: Batched, name: str, held: dict[str, tuple[Request, 
         [(rows, _)] = await on_disk(asking.cache.mark_batch(name, "leaving"))
         if not rows:
             raise Failed("withdrawn by another run on the same cache")
-        leaving = OpenBatch(name, "leaving", time.time(), None, held)
         try:
             return await backend.answer("POST", path, lambda batch: queue.told(batch).id, json=order)
         except Failed as error:
             if error.again and error.reason != "429":  # which is surely no acceptance
+                leaving = OpenBatch(name, "leaving", time.time(), None, held)  # a slow upload is no part of the grace
                 if id := await find(backend, leaving, asking):
                     return id
                 warn_of_lost(backend, leaving)
@@ -432,7 +432,8 @@ async def finish(backend: Batched, name: str, id: str, held: dict[str, tuple[Req
         await until_ended(backend, id, asking.policy)
         found = await results(backend, id, held, asking.policy)
     except Failed as error:  # it stays open, and the next run goes on
-        return asking.fail(held, error, f"{name}, {id}")
+        end = "" if error.again else f"; where the provider has lost it, Cache.withdraw_batch('{name}', 'given-up', None) ends it"
+        return asking.fail(held, error, f"{name}, {id}{end}")
     await keep(backend, name, held, found, asking)
 
 
@@ -539,5 +540,8 @@ class Batched(Live):
                     under_way |= batch.held.keys()
                     group.create_task(go_on(self, batch, asking))
                 elif batch.held.keys() & asking.wanted.keys() or time.time() > batch.at + self.grace:  # else another run may be about to send it
-                    await on_disk(cache.withdraw_batch(batch.name, "withdrawn"))
+                    [(rows, _)] = await on_disk(cache.withdraw_batch(batch.name, "withdrawn", only="made"))
+                    if not rows:  # it left in this moment
+                        under_way |= batch.held.keys()
+                        group.create_task(go_on(self, replace(batch, state="leaving", at=time.time()), asking))
             group.create_task(send_all(self, [r for r in requests if r.key not in under_way], asking))

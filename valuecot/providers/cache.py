@@ -17,20 +17,22 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from .requests import Reply, Request, as_reply, as_request, canonical
+from .requests import Failure, Reply, Request, as_reply, as_request, canonical
 from ..store import write_bytes
 
 # %% auto #0
-__all__ = ['TABLES', 'SEND', 'connect', 'Writer', 'sending', 'CapReached', 'OpenBatch', 'Cache', 'export_replies',
+__all__ = ['TABLES', 'SEND', 'connect', 'Writer', 'sending', 'CapReached', 'OpenBatch', 'Cache', 'export_replies', 'read_export',
            'import_replies']
 
 # %% ../../nbs/providers/15_cache.ipynb #ee2c2f19
 TABLES = """
 CREATE TABLE IF NOT EXISTS replies(key TEXT PRIMARY KEY, request TEXT NOT NULL, reply TEXT NOT NULL, source TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS failures(key TEXT PRIMARY KEY, request TEXT NOT NULL, reason TEXT NOT NULL, billed INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS sends(id INTEGER PRIMARY KEY, key TEXT NOT NULL, provider TEXT NOT NULL, model TEXT NOT NULL, at REAL NOT NULL,
     most INTEGER NOT NULL, outcome TEXT, input_tokens INTEGER, output_tokens INTEGER, cost INTEGER);
 CREATE TABLE IF NOT EXISTS batches(name TEXT PRIMARY KEY, provider TEXT NOT NULL, model TEXT NOT NULL, at REAL NOT NULL, id TEXT, state TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS held(batch TEXT NOT NULL, key TEXT NOT NULL, request TEXT NOT NULL, send INTEGER NOT NULL, PRIMARY KEY (batch, key));
+CREATE INDEX IF NOT EXISTS held_by_key ON held(key);
 CREATE TABLE IF NOT EXISTS total(cost INTEGER NOT NULL);
 INSERT INTO total SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM total);
 CREATE TRIGGER IF NOT EXISTS sent AFTER INSERT ON sends BEGIN UPDATE total SET cost = cost + COALESCE(NEW.cost, NEW.most); END;
@@ -46,6 +48,8 @@ def connect(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
         return db
+    except sqlite3.OperationalError as error:  # locked, no permission, no such folder
+        raise OSError(f"{path} cannot be opened ({error}): what it holds is untouched") from None
     except sqlite3.DatabaseError as error:
         raise ValueError(f"{path} is no cache of replies ({error}): move it away, and import an export of it") from None
 
@@ -83,21 +87,32 @@ class Writer(threading.Thread):
 
     @staticmethod
     def commit(db: sqlite3.Connection, jobs: list[tuple[Future, tuple[tuple[str, tuple], ...]]]) -> None:
-        waiting = [job.set_running_or_notify_cancel() for job, _ in jobs]  # what was asked for is written, also where nobody waits any more
+        waiting = [job for job in jobs if job[0].set_running_or_notify_cancel()]  # what was asked for is written, also where nobody waits any more
+        try:
+            told = Writer.transaction(db, jobs)
+        except sqlite3.Error as error:  # a full disk, a lock held for a minute: whoever waits is told
+            told = dict.fromkeys(map(id, jobs), error)
+        except Exception:  # one job that no database takes does not spoil the others
+            told = {}
+            for job in jobs:
+                try:
+                    told |= Writer.transaction(db, [job])
+                except Exception as error:
+                    told[id(job)] = error
+        for job in waiting:
+            came = told[id(job)]
+            job[0].set_exception(came) if isinstance(came, Exception) else job[0].set_result(came)
+
+    @staticmethod
+    def transaction(db: sqlite3.Connection, jobs: list[tuple[Future, tuple[tuple[str, tuple], ...]]]) -> dict[int, object]:  # result by the job's identity
         try:
             db.execute("BEGIN IMMEDIATE")
-            done = [[(cursor.rowcount, cursor.lastrowid) for cursor in (db.execute(*statement) for statement in statements)][0] for _, statements in jobs]
+            done = {id(job): [(cursor.rowcount, cursor.lastrowid) for cursor in (db.execute(*statement) for statement in job[1])][0] for job in jobs}
             db.execute("COMMIT")
-        except Exception as error:  # a full disk, a lock held for a minute: whoever waits is told
+            return done
+        finally:
             if db.in_transaction:
                 db.execute("ROLLBACK")
-            for (job, _), waits in zip(jobs, waiting, strict=True):
-                if waits:
-                    job.set_exception(error)
-        else:
-            for (job, _), waits, result in zip(jobs, waiting, done, strict=True):
-                if waits:
-                    job.set_result(result)
 
 # %% ../../nbs/providers/15_cache.ipynb #97127f80
 SEND = "INSERT INTO sends(key, provider, model, at, most) SELECT ?, ?, ?, ?, ? WHERE ? IS NULL OR (SELECT cost FROM total) + ? <= ?"
@@ -161,6 +176,20 @@ class Cache:
         "Store a reply; the first one to a question stays."
         return self.writer.write("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?)", request.key, request.text, canonical(reply), source)
 
+    def refuse(self, request: Request, failure: Failure) -> Future:
+        "Store why a question has no reply, where that lies in the question."
+        return self.writer.write("INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?)", request.key, request.text, failure.reason, failure.billed)
+
+    def failure(self, request: Request) -> Failure | None:
+        "Why a question has no reply, as far as that is on disk."
+        row = self.db.execute("SELECT reason, billed FROM failures WHERE key = ?", (request.key,)).fetchone()
+        return Failure(request.key, row[0], 0, True, bool(row[1])) if row else None
+
+    def batch_of(self, request: Request) -> str | None:
+        "The open batch that a question left with."
+        row = self.db.execute("SELECT name FROM held JOIN batches ON batch = name WHERE key = ? AND state IN ('leaving', 'open')", (request.key,)).fetchone()
+        return row[0] if row else None
+
     def begin_batch(self, name: str, provider: str, model: str) -> Future:
         "Log a batch; nothing has left."
         return self.writer.write("INSERT INTO batches VALUES (?, ?, ?, ?, NULL, 'made')", name, provider, model, time.time())
@@ -178,11 +207,12 @@ class Cache:
         "Log that all results of a batch are kept."
         return self.writer.write_all(("UPDATE batches SET state = 'ended' WHERE name = ?", (name,)), ("DELETE FROM held WHERE batch = ?", (name,)))
 
-    def withdraw_batch(self, name: str, outcome: str, cost: int | None = 0) -> Future:  # cost: of each question; None: the most it can be
+    def withdraw_batch(self, name: str, outcome: str, cost: int | None = 0, only: str = "") -> Future:  # cost: of each question; None: the most it can be; only: where this is its state
         "Give a batch up: its questions may be asked again."
-        sends = "UPDATE sends SET outcome = ?, cost = ? WHERE id IN (SELECT send FROM held WHERE batch = ?)"
-        ended = "UPDATE batches SET state = 'withdrawn' WHERE name = ?"
-        return self.writer.write_all((sends, (outcome, cost, name)), (ended, (name,)), ("DELETE FROM held WHERE batch = ?", (name,)))
+        ended = "UPDATE batches SET state = 'withdrawn' WHERE name = ? AND ? IN ('', state)"
+        gone = "(SELECT state FROM batches WHERE name = ?) = 'withdrawn'"
+        sends = f"UPDATE sends SET outcome = ?, cost = ? WHERE id IN (SELECT send FROM held WHERE batch = ?) AND {gone}"
+        return self.writer.write_all((ended, (name, only)), (sends, (outcome, cost, name, name)), (f"DELETE FROM held WHERE batch = ? AND {gone}", (name, name)))
 
     def open_batches(self, provider: str, model: str) -> list[OpenBatch]:
         "Batches whose results are not read, oldest first."
@@ -222,23 +252,37 @@ class Cache:
 
 # %% ../../nbs/providers/15_cache.ipynb #89968b28
 def export_replies(cache: Cache, path: Path, keys: Iterable[str] | None = None) -> int:  # replies written
-    "Write replies to a .jsonl.gz file, those of `keys` or all."
+    "Write replies to a .jsonl.gz file, those of `keys` or all, and why some questions have none."
     wanted = None if keys is None else set(keys)
     rows = [(q, r) for k, q, r in cache.db.execute("SELECT key, request, reply FROM replies ORDER BY key") if wanted is None or k in wanted]
-    text = f'{{"replies":{len(rows)}}}\n' + "".join(f'{{"request":{q},"reply":{r}}}\n' for q, r in rows)
-    write_bytes(path, gzip.compress(text.encode(), mtime=0))
+    without = "SELECT key, request, reason, billed FROM failures WHERE key NOT IN (SELECT key FROM replies) ORDER BY key"
+    failed = [(q, canonical({"reason": reason, "billed": bool(billed)})) for k, q, reason, billed in cache.db.execute(without) if wanted is None or k in wanted]
+    lines = [f'{{"replies":{len(rows)},"failures":{len(failed)}}}', *(f'{{"request":{q},"reply":{r}}}' for q, r in rows), *(f'{{"request":{q},"failure":{f}}}' for q, f in failed)]
+    write_bytes(path, gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
     return len(rows)
 
 
-def import_replies(cache: Cache, path: Path) -> int:  # replies that were new
-    "Take the replies of an export into a cache: all of them, or none and an error."
+def read_export(path: Path) -> tuple[list[tuple[Request, Reply]], list[tuple[Request, Failure]]]:
+    "Questions with their replies, and those with a reason instead."
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             count, *rows = [json.loads(line) for line in file]
-        if count["replies"] != len(rows):
-            raise EOFError(f"{len(rows)} of {count['replies']} replies")
-        pairs = [(as_request(canonical(row["request"])), Reply(**row["reply"])) for row in rows]
+        pairs = [(as_request(canonical(row["request"])), Reply(**row["reply"])) for row in rows if "reply" in row]
+        failed = [(request := as_request(canonical(row["request"])), Failure(request.key, row["failure"]["reason"], 0, True, row["failure"]["billed"])) for row in rows if "failure" in row]
+        if (count["replies"], count["failures"]) != (len(pairs), len(failed)):
+            raise EOFError(f"{len(pairs)} of {count['replies']} replies, {len(failed)} of {count['failures']} failures")
     except (EOFError, gzip.BadGzipFile, zlib.error, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no whole export of replies ({type(error).__name__}: {error}); nothing was imported") from None
+    return pairs, failed
+
+
+def import_replies(cache: Cache, path: Path) -> int:  # replies that were new
+    "Take an export into a cache: all of it, or nothing and an error."
+    pairs, failed = read_export(path)
+    if other := sum(kept is not None and kept != reply for request, reply in pairs for kept in [cache.reply(request)]):
+        raise ValueError(f"{cache.path} holds other replies to {other} questions of {path}: a mixture would be nobody's data set; use another VALUECOT_OUTPUTS, or move one of them away; nothing was imported")
     jobs = [cache.keep(request, reply, "import") for request, reply in pairs]
+    told = [cache.refuse(request, failure) for request, failure in failed]
+    for job in told:
+        job.result()
     return sum(job.result()[0] for job in jobs)

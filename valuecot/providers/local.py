@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 from .prices import Price
 from .requests import Failed, Reply, Request
@@ -57,11 +58,12 @@ class Local:
             self.tokenizer = AutoTokenizer.from_pretrained(self.source, padding_side="left", trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(self.source, dtype="auto", use_safetensors=True, trust_remote_code=False)
         except OSError as error:
-            raise Failed(f"{self.source} cannot be read: {' '.join(str(error).split())[:200]}") from None
+            raise Failed(f"{Path(self.source).name} cannot be read: {' '.join(str(error).split())[:200]}") from None
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.name = "@".join(filter(None, (self.source, getattr(model.config, "_commit_hash", None))))
+        folder = Path(self.source)  # its place on this machine is nobody's business
+        self.name = folder.name if folder.is_dir() else "@".join(filter(None, (self.source, getattr(model.config, "_commit_hash", None))))
 
     async def ask(self, request: Request) -> Reply:
         "Wait for a round with others."

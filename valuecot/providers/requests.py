@@ -107,3 +107,4 @@ class Failure(Shown):
     reason: str
     tries: int
     lasting: bool  # it lies in the question: asking again another day would not help
+    billed: bool = False  # the model answered, with nothing that can be used

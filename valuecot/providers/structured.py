@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from .requests import Reply, Request
 
 # %% auto #0
-__all__ = ['STRING', 'decoder', 'T', 'mended', 'objects', 'Malformed', 'read', 'asked_again']
+__all__ = ['STRING', 'decoder', 'T', 'WRONG', 'mended', 'objects', 'Malformed', 'wrong', 'read', 'asked_again']
 
 # %% ../../nbs/providers/19_structured.ipynb #12630794
 STRING = r'"(?:[^"\\]|\\.)*"'
@@ -53,6 +53,17 @@ class Malformed(ValueError):
     "A reply that does not hold what was asked for."
 
 
+WRONG = {"missing": "is missing", "extra_forbidden": "is not asked for", "string_type": "is no text", "model_type": "is no object", "dict_type": "is no object"}
+
+
+def wrong(error: dict) -> str:
+    "A validation error in our words: the next question holds them, and must not change with pydantic's."
+    told = error.get("ctx", {})
+    if error["type"] in ("value_error", "literal_error"):
+        return str(told["error"]) if "error" in told else f"should be {told['expected']}"
+    return WRONG.get(error["type"], f"is wrong ({error['type']})")
+
+
 def read(reply: Reply, kind: type[T]) -> T:
     "The one object of `kind` in a reply."
     if reply.finish == "length":
@@ -62,7 +73,7 @@ def read(reply: Reply, kind: type[T]) -> T:
         try:
             found.append(kind.model_validate(value))
         except ValidationError as error:
-            errors.append("; ".join(f"{'.'.join(map(str, e['loc'])) or 'the object'}: {e['msg']}" for e in error.errors()))
+            errors.append("; ".join(f"{'.'.join(map(str, e['loc'])) or 'the object'} {wrong(e)}" for e in error.errors()))
     if not found:
         raise Malformed(errors[-1] if errors else "no JSON object in the reply")
     if any(other != found[0] for other in found):

@@ -72,6 +72,10 @@ def reply_of(text: str | None, model: str, usage: tuple[int, int], finish: str) 
     "A reply with words in it."
     if not text or not text.strip():
         raise Failed(f"empty reply ({finish or 'no reason given'})", billed=True, lasting=True)
+    if any("\ud800" <= c <= "\udfff" for c in text):  # half a character: no file can hold it
+        raise ValueError("half a character")
+    if not all(isinstance(n, int) and n >= 0 for n in usage):
+        raise TypeError(f"{usage} are no counts of tokens")
     return Reply(text, model, *usage, finish)
 
 
@@ -138,5 +142,5 @@ def read_reply(provider: str, body: object) -> Reply:
     "The reply in a provider's answer; an answer of another shape is a failure that may pass."
     try:
         return WIRES[provider].reply(body)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise Failed(f"malformed answer ({type(error).__name__}: {error})", again=True, billed=True) from None

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..providers.asking import Backend, Policy, Tally, ask
+from ..providers.asking import Backend, Policy, Tally, ask_all, finished
 from ..providers.cache import Cache
 from ..providers.requests import Reply, Request
 from ..providers.structured import Malformed, asked_again, read
 from ..store import read_records
-from .schemas import SCHEMAS, as_trace
-from .styles import length
+from .schemas import SCHEMAS, as_trace, schema_of
+from .styles import alike, length
 from .templates import request as wording
 from ..types import Prompt, Shown, Trace
 
@@ -43,7 +43,7 @@ class Desk(Shown):
     def question(self, prompt: Prompt, style: str, words: int | None, templates: dict[str, str] | None = None) -> Request:
         "What this teacher is asked for one trace."
         text = wording(style, prompt.text, words, templates)
-        return self.asks(text, SCHEMAS[style].model_json_schema())
+        return self.asks(text, schema_of(SCHEMAS[style]))
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Quarantined(Shown):
     style: str
     teacher: str
     reason: str
-    text: str  # the last reply; "" where there was none
+    text: str  # the last reply; "" where the last question had none
 
 # %% ../../nbs/teacher/44_asked.ipynb #178a9b6d
 Reads = Callable[[Reply], object]
@@ -87,12 +87,17 @@ def ask_twice(
     progress: bool = False,
 ) -> tuple[Iterator[Ending], Tally]:  # endings in the order of the questions, read as they are taken
     "Ask, read, and ask once more where that failed."
-    first, again = ask((request for request, _ in questions), backends, cache, policy, progress, len(questions)), {}
-    for place, (request, reads) in enumerate(questions):
-        reply, _, error = looked(request, reads, cache)
-        if error:
-            again[place] = asked_again(request, reply, error)
-    second = ask(again.values(), backends, cache, policy, progress, len(again))
+    again: dict[int, Request] = {}
+
+    async def rounds() -> tuple[Tally, Tally]:  # in one event loop, as the backends' limits want it
+        first = await ask_all((request for request, _ in questions), backends, cache, policy, progress, len(questions))
+        for place, (request, reads) in enumerate(questions):
+            reply, _, error = looked(request, reads, cache)
+            if error:
+                again[place] = asked_again(request, reply, error)
+        return first, await ask_all(again.values(), backends, cache, policy, progress, len(again))
+
+    first, second = finished(rounds())
     failed = first.failures + second.failures
     reasons = {f.key: f.reason for f in failed if f.lasting}
 
@@ -187,7 +192,7 @@ def apart(traces: list[Trace], tolerance: float) -> list[Quarantined]:
     found = []
     for pair in by.values():
         sizes = [length(t.phases) for t in pair]
-        if tolerance and max(sizes) - min(sizes) > tolerance * max(sizes):
+        if tolerance and not alike(min(sizes), max(sizes), tolerance):
             found += [Quarantined(t.prompt_id, t.style, t.teacher, "lengths apart: the traces of its prompt differ by more than geometry.traces.match", t.reasoning) for t in pair]
     return found
 

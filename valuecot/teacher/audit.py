@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .rules import value
-from .styles import STYLES, TOLERANCE, disassemble, length, sentences
+from .styles import STYLES, TOLERANCE, alike, disassemble, length, sentences
 from ..types import Prompt, Shown, Trace
 
 # %% auto #0
@@ -160,7 +160,7 @@ def unequal(traces: list[Trace]) -> list[tuple[Trace, str]]:
     for t in traces:
         if t.style == "annealing" and t.prompt_id in standard:
             ours, theirs = length(t.phases), standard[t.prompt_id]
-            if abs(ours - theirs) > TOLERANCE * theirs:
+            if not alike(ours, theirs):
                 found.append((t, f"{ours} words, its standard {theirs}"))
     return found
 

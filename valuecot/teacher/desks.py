@@ -26,8 +26,8 @@ from .templates import read_templates
 from ..types import Prompt
 
 # %% auto #0
-__all__ = ['WRITTEN_BY', 'BYTES', 'THOUGHT', 'RulesDesk', 'Rules', 'desk_of', 'assigned', 'teachers_of', 'questions',
-           'replies_path', 'price_of', 'backend_of', 'backends', 'estimate', 'usd', 'cost_lines']
+__all__ = ['WRITTEN_BY', 'BYTES', 'THOUGHT', 'RulesDesk', 'Rules', 'model_name', 'desk_of', 'assigned', 'teachers_of',
+           'questions', 'replies_path', 'price_of', 'backend_of', 'backends', 'estimate', 'usd', 'cost_lines']
 
 # %% ../../nbs/teacher/45_desks.ipynb #f519f260
 WRITTEN_BY = "rules-" + digest([inspect.getsource(m) for m in (rules, styles, details)], 8)  # other rules are another teacher: their old replies do not answer for them
@@ -63,12 +63,20 @@ class Rules:
     async def close(self) -> None:
         "Nothing is open."
 
-# %% ../../nbs/teacher/45_desks.ipynb #09e0caad
+# %% ../../nbs/teacher/45_desks.ipynb #f99f6ec3
+def model_name(model: TeacherModel) -> str:
+    "What requests, replies and cards call it; of a folder not its place on this machine."
+    if model.provider == "rules":
+        return WRITTEN_BY
+    folder = model.provider == "transformers" and (root() / model.model).is_dir()
+    return f"{Path(model.model).name}-{digest(model.model, 6)}" if folder else model.model
+
+
 def desk_of(name: str, model: TeacherModel) -> Desk:
     "How a teacher is asked."
     if model.provider == "rules":
         return RulesDesk(name, "rules", WRITTEN_BY, model.max_tokens)
-    return Desk(name, model.provider, model.model, model.max_tokens, (("effort", model.effort),) if model.effort else ())
+    return Desk(name, model.provider, model_name(model), model.max_tokens, (("effort", model.effort),) if model.effort else ())
 
 
 def assigned(prompt: Prompt, teachers: tuple[str, ...]) -> str:
@@ -114,9 +122,11 @@ def backend_of(model: TeacherModel) -> Backend:
 
 def backends(models: Iterable[TeacherModel]) -> tuple[dict[str, Backend], dict[str, str]]:  # by provider/model: who can be asked; why the others cannot
     "Teachers; one without its key is left out, with the reason."
-    found, missing = {}, {}
+    found, missing, seen = {}, {}, {}
     for m in models:
-        who = f"rules/{WRITTEN_BY}" if m.provider == "rules" else f"{m.provider}/{m.model}"
+        who = f"{m.provider}/{model_name(m)}"
+        if seen.setdefault(who, m) != m:
+            raise ValueError(f"two teachers ask {who} in different ways, and their replies could not be told apart: give one another model name, or leave it out")
         try:
             found[who] = backend_of(m)
         except ValueError as error:
@@ -162,5 +172,5 @@ def cost_lines(rows: list[dict[str, object]], missing: dict[str, str], cap: floa
     for r in paid:
         found.append(f"  {r['teacher']}: {r['questions']:,} questions, {r['on_disk']:,} of them on disk; likely {usd(r['usd_likely'])} ({r['input_tokens_likely']:,} tokens in, {r['output_tokens_likely']:,} out, a guess), at most {usd(r['usd_at_most'])}")
     likely, most = sum(r["usd_likely"] for r in rows), sum(r["usd_at_most"] for r in rows)
-    head = f"teachers: likely {usd(likely)}, at most {usd(most)} at list prices, and at the batch share where batched = yes; spent so far {usd(spent)}; nothing is sent that could pass the cap of ${cap:.2f}" if paid else "teachers: nothing to pay"
+    head = f"teachers: likely {usd(likely)}, at most {usd(most)} if each is asked once, at list prices and the batch share where batched = yes; spent so far {usd(spent)}; nothing is sent that could pass the cap of ${cap:.2f}" if paid else "teachers: nothing to pay"
     return [head, *found, *(f"  {reason}" for reason in missing.values())]

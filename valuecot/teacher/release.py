@@ -13,14 +13,21 @@ from ..data.conflictscope import COMMIT, REPOSITORY
 from ..settings import Data, TeacherModel
 from .asked import Quarantined, by_reason
 from .audit import Finding
+from .desks import model_name
 from .styles import STYLES, length
 from ..types import Prompt, Trace
 
 # %% auto #0
-__all__ = ['OPEN', 'origin', 'released', 'sha', 'released_rows', 'counted', 'teacher_lines', 'card', 'escaped']
+__all__ = ['OPEN', 'NOTICE', 'origin', 'released', 'sha', 'released_rows', 'counted', 'teacher_lines', 'card', 'escaped']
 
 # %% ../../nbs/teacher/51_release.ipynb #8d39308c
 OPEN = ("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "odc-by")  # licences that allow passing texts on
+
+
+NOTICE = {  # what a licence wants to stand beside the texts
+    "embedded": "Copyright the valuecot authors; Apache License 2.0, apache.org/licenses/LICENSE-2.0.",
+    "github": "MIT License; its copyright notice stands in that repository's LICENSE and goes with every copy of the prompts.",
+}
 
 
 def origin(settings: Data) -> tuple[str, str]:  # where the prompts come from, their licence or ""
@@ -69,13 +76,14 @@ def counted(rows: Sequence[dict], *names: str) -> list[str]:  # Markdown
 
 def teacher_lines(teachers: dict[str, TeacherModel]) -> list[str]:  # Markdown
     "Who wrote the traces."
-    return [f"- `{name}`: {m.model if m.provider != 'rules' else 'sentences put together by rules'} ({m.provider}){f', effort {m.effort}' if m.effort else ''}" for name, m in teachers.items()]
+    return [f"- `{name}`: {model_name(m) if m.provider != 'rules' else 'sentences put together by rules'} ({m.provider}){f', effort {m.effort}' if m.effort else ''}" for name, m in teachers.items()]
 
 
 def card(settings: Data, teachers: dict[str, TeacherModel], rows: Sequence[dict], aside: Sequence[Quarantined], templates: dict[str, str], profile: str) -> str:  # Markdown with a YAML head
     "README.md of the data set."
     source, licence = origin(settings)
     texts = "Texts are included." if released(settings) else "Texts are withheld, since the prompts' licence is not known: rows hold ids and SHA-256 hashes of the texts, so whoever has the prompts can join them."
+    reasons = [r if released(settings) else r | {"reason": "withheld, since it may quote a prompt"} for r in by_reason(aside)]
     faults = Counter((row["teacher"], row["style"], kind) for row in rows for kind in row["audit"])
     of = Counter((row["teacher"], row["style"]) for row in rows)
     parts = [
@@ -83,12 +91,12 @@ def card(settings: Data, teachers: dict[str, TeacherModel], rows: Sequence[dict]
         "configs:", "- config_name: default", "  data_files:", *(f"  - split: {s}\n    path: data/{s}.parquet" for s in sorted({r["split"] for r in rows})), "---",
         "# Reasoning about value conflicts, in several styles", "",
         f"Traces of the valuecot study, profile {profile}: for each prompt in which two values conflict, a standard and an annealing (explore, cool, converge) reasoning with a response, and control styles made from them. " + texts, "",
-        "## Prompts", f"Source: {source}. Licence: {licence or 'not known'}.", "",
+        "## Prompts", f"Source: {source}. Licence: {licence or 'not known'}. " + NOTICE.get(settings.prompts, "Whoever passes these rows on names the source and keeps its licence notice." if licence else ""), "",
         "## Teachers", *teacher_lines(teachers), "", "A prompt has one teacher, drawn by a hash of its id, for all styles. What a provider allows to be done with its models' output is for the user to check.", "",
         "## Counts", *counted(rows, "split", "teacher", "style"), "", "`in_study` is false for prompts of which some trace was put aside: no arm is trained or measured on them.", "",
         "## What the audit saw", "Checks read words, not meaning; a fault is a reason to look.", "",
         *(["| teacher | style | fault | rows | of |", "|---|---|---|---|---|", *(f"| {a} | {b} | {k} | {n} | {of[a, b]} |" for (a, b, k), n in sorted(faults.items()))] if faults else ["Nothing."]), "",
-        "## Put aside", *(["| teacher | style | reason | replies |", "|---|---|---|---|", *(f"| {r['teacher']} | {r['style']} | {escaped(r['reason'])} | {r['count']} |" for r in by_reason(aside))] if aside else ["Nothing."]), "",
+        "## Put aside", *(["| teacher | style | reason | replies |", "|---|---|---|---|", *(f"| {r['teacher']} | {r['style']} | {escaped(r['reason'])} | {r['count']} |" for r in reasons)] if aside else ["Nothing."]), "",
         "## The same again", "`replies.jsonl.gz` holds the teachers' replies; a study that names its folder in `geometry.traces.replies` makes these rows from it without a key." if released(settings) else "The teachers' replies quote the prompts and are withheld too.", "",
         "## How the teachers were asked", *(f"### {name}\n````text\n{text.strip()}\n````" for name, text in templates.items()), "",
     ]  # fmt: skip

@@ -16,7 +16,7 @@ from ..types import Prompt, Trace
 
 # %% auto #0
 __all__ = ['Words', 'Name', 'SCHEMAS', 'words', 'short_name', 'Form', 'Values', 'Reasoned', 'StandardReply', 'Phases',
-           'AnnealingReply', 'as_trace', 'as_reply', 'StarReply', 'star_reply']
+           'AnnealingReply', 'schema_of', 'as_trace', 'as_reply', 'StarReply', 'star_reply']
 
 # %% ../../nbs/teacher/43_schemas.ipynb #7ad8eb22
 def words(text: str) -> str:
@@ -89,6 +89,16 @@ class AnnealingReply(Form):
     def parts(self) -> tuple[tuple[str, ...], str]:
         cot = self.annealing_cot
         return (cot.phase_1_high_temp, cot.phase_2_cooling, cot.phase_3_low_temp), self.final_model_response
+
+
+def schema_of(kind: type[BaseModel]) -> dict:
+    "What a provider is asked to fill in: keys and types, without the names and docstrings of our classes."
+    def bare(value: object, named: bool = False) -> object:
+        if isinstance(value, dict):
+            return {k: bare(v, k in ("properties", "$defs")) for k, v in value.items() if named or k not in ("title", "description")}
+        return [bare(v) for v in value] if isinstance(value, list) else value
+
+    return bare(kind.model_json_schema())
 
 
 SCHEMAS = {"standard": StandardReply, "annealing": AnnealingReply}

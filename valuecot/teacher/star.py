@@ -17,7 +17,7 @@ from ..providers.requests import Request
 from ..providers.structured import read
 from ..settings import nearest
 from .asked import Desk, Ending, Quarantined, Reads, ask_twice, together
-from .schemas import star_reply
+from .schemas import schema_of, star_reply
 from .styles import assemble
 from .templates import check_places, fill, template_files
 from ..types import Shown, Trace
@@ -148,7 +148,7 @@ def star(
 
     def asked(place: int, step: str, hint: bool) -> tuple[Request, Reads]:
         q = questions[place]
-        return desks[place].asks(star_wording(q, step, hint, templates), star_reply(q.letters).model_json_schema()), star_reads(q)
+        return desks[place].asks(star_wording(q, step, hint, templates), schema_of(star_reply(q.letters))), star_reads(q)
 
     endings, tally = ask_twice([asked(i, "first", False) for i in range(len(questions))], backends, cache, policy, progress)
     firsts = list(endings)

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 # %% auto #0
-__all__ = ['TOLERANCE', 'TEMPERATURES', 'STYLES', 'ASKED', 'Style', 'sentences', 'length', 'mixed', 'thirds', 'shortened',
-           'style', 'marked', 'assemble', 'disassemble']
+__all__ = ['TOLERANCE', 'TEMPERATURES', 'STYLES', 'ASKED', 'Style', 'sentences', 'length', 'mixed', 'thirds', 'alike',
+           'shortened', 'style', 'marked', 'assemble', 'disassemble']
 
 # %% ../../nbs/teacher/40_styles.ipynb #b4cea3e6
 @dataclass(frozen=True)
@@ -66,7 +66,12 @@ def thirds(phases: tuple[str, ...], rng: random.Random) -> tuple[str, ...] | Non
     return " ".join(parts[: cuts[0] + 1]), " ".join(parts[cuts[0] + 1 : cuts[1] + 1]), " ".join(parts[cuts[1] + 1 :])
 
 
-TOLERANCE = 0.1  # of the words, within which two lengths count as equal
+TOLERANCE = 0.1  # of the longer one, within which two lengths count as equal
+
+
+def alike(a: int, b: int, tolerance: float = TOLERANCE) -> bool:
+    "Whether two lengths count as equal."
+    return abs(a - b) <= tolerance * max(a, b)
 
 
 def shortened(phases: tuple[str, ...], model: tuple[str, ...], rng: random.Random) -> tuple[str, ...] | None:
@@ -75,7 +80,7 @@ def shortened(phases: tuple[str, ...], model: tuple[str, ...], rng: random.Rando
     while length((" ".join(parts),)) > target * (1 + TOLERANCE / 2) and len(parts) > 2:
         over = length((" ".join(parts),)) - target
         del parts[min(range(1, len(parts) - 1), key=lambda i: abs(len(parts[i].split()) - over))]
-    return (" ".join(parts),) if abs(length((" ".join(parts),)) - target) <= TOLERANCE * target else None
+    return (" ".join(parts),) if alike(length((" ".join(parts),)), target) else None
 
 # %% ../../nbs/teacher/40_styles.ipynb #54e54ffb
 TEMPERATURES = "Phase 1 (High Temp)", "Phase 2 (Cooling)", "Phase 3 (Low Temp)"
