@@ -141,20 +141,13 @@ class Policy:
         return own if asked is None else asked + own
 
 
-async def one_try(request: Request, backend: Backend, cache: Cache, cap: int | None, gate: asyncio.Semaphore) -> Reply:
-    "Log, send, settle; while a row is on its way to the disk, its connection serves another question."
-    left = False
+async def one_try(request: Request, backend: Backend, cache: Cache, cap: int | None) -> Reply:
+    "Log, send, settle."
     rows, send = await asyncio.wrap_future(cache.send(request, backend.price.most(request), cap))
     if not rows:
         raise CapReached(f"the next question could pass the cap: {cache.spent:.4f} dollars are spent or on their way")
     try:
-        async with gate:
-            left = True
-            reply = await backend.ask(request)
-    except asyncio.CancelledError:
-        if not left:
-            cache.settle(send, "stopped", 0)
-        raise
+        reply = await backend.ask(request)
     except Failed as error:
         cache.settle(send, error.reason.split(" ")[0], None if error.billed else 0)
         raise
@@ -172,7 +165,8 @@ async def ask_one(request: Request, backend: Backend, cache: Cache, gate: asynci
             for limit, amount in ((getattr(backend, "questions", None), 1), (getattr(backend, "tokens", None), request.max_tokens)):
                 if limit is not None:
                     await limit.acquire(min(amount, limit.max_rate))
-            reply = await one_try(request, backend, cache, policy.most, gate)
+            async with gate:
+                reply = await one_try(request, backend, cache, policy.most)
             await asyncio.wrap_future(cache.keep(request, reply, "live"))
             return reply
         except Failed as error:
