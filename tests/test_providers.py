@@ -358,8 +358,7 @@ def test_a_bound_is_above_the_bill():
 def fill(path: str, start: int, n: int) -> None:
     with Cache(path) as cache:
         for q in questions(start + n)[start:]:
-            cache.settle(cache.send(q, 1000, None).result()[1], "reply", 7, Reply("a", "m", 1, 1, "stop"))
-            cache.keep(q, Reply(f"from {os.getpid()}", "m", 1, 1, "stop"), "live").result()
+            cache.keep(q, Reply(f"from {os.getpid()}", "m", 1, 1, "stop"), "live", cache.send(q, 1000, None).result()[1], 7).result()
 
 
 def test_many_processes_write_at_once(tmp_path):

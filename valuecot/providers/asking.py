@@ -13,7 +13,7 @@ import re
 import sqlite3
 import time
 from collections.abc import Coroutine, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from math import isfinite
@@ -141,7 +141,7 @@ class Policy:
         return own if asked is None else asked + own
 
 
-async def one_try(request: Request, backend: Backend, cache: Cache, cap: int | None) -> Reply:
+async def one_try(request: Request, backend: Backend, cache: Cache, cap: int | None) -> tuple[Reply, Future]:  # done when the reply is on disk
     "Log, send, settle."
     rows, send = await asyncio.wrap_future(cache.send(request, backend.price.most(request), cap))
     if not rows:
@@ -154,8 +154,7 @@ async def one_try(request: Request, backend: Backend, cache: Cache, cap: int | N
     except Exception as error:  # a backend's own mistake ends this question and not the batch
         cache.settle(send, type(error).__name__, None)
         raise Failed(f"{type(error).__name__}: {error}", billed=True) from error
-    cache.settle(send, "reply", backend.price.of(reply), reply)
-    return reply
+    return reply, cache.keep(request, reply, "live", send, backend.price.of(reply))
 
 
 async def ask_one(request: Request, backend: Backend, cache: Cache, gate: asyncio.Semaphore, policy: Policy) -> Reply | Failure:
@@ -166,8 +165,8 @@ async def ask_one(request: Request, backend: Backend, cache: Cache, gate: asynci
                 if limit is not None:
                     await limit.acquire(min(amount, limit.max_rate))
             async with gate:
-                reply = await one_try(request, backend, cache, policy.most)
-            await asyncio.wrap_future(cache.keep(request, reply, "live"))
+                reply, kept = await one_try(request, backend, cache, policy.most)
+            await asyncio.wrap_future(kept)
             return reply
         except Failed as error:
             if not error.again or tried == policy.tries:

@@ -444,7 +444,7 @@ async def keep(backend: Batched, name: str, held: dict[str, tuple[Request, int]]
         if isinstance(came := found[key], Failed):
             jobs.append(cache.settle(send, came.reason.split(" ")[0], None if came.billed else 0))
         else:
-            jobs += [cache.settle(send, "reply", backend.price.of(came, batch=True), came), cache.keep(request, came, "batch")]
+            jobs.append(cache.keep(request, came, "batch", send, backend.price.of(came, batch=True)))
     await on_disk(*jobs)
     await on_disk(cache.end_batch(name))
     for key in held:

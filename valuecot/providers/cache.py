@@ -167,14 +167,15 @@ class Cache:
         "Log a sending that costs at most `most` nano-dollars, before it leaves."
         return self.writer.write(SEND, *sending(request, most, cap))
 
-    def settle(self, send: int, outcome: str, cost: int | None, reply: Reply | None = None) -> Future:
-        "Log how a sending ended; a cost of None stays at the most it can be."
-        tokens = (reply.input_tokens, reply.output_tokens) if reply else (None, None)
-        return self.writer.write("UPDATE sends SET outcome = ?, cost = ?, input_tokens = ?, output_tokens = ? WHERE id = ?", outcome, cost, *tokens, send)
+    def settle(self, send: int, outcome: str, cost: int | None) -> Future:
+        "Log why a sending brought no reply; a cost of None stays at the most it can be."
+        return self.writer.write("UPDATE sends SET outcome = ?, cost = ? WHERE id = ?", outcome, cost, send)
 
-    def keep(self, request: Request, reply: Reply, source: str) -> Future:  # source: "live", "batch", "import", "local"
-        "Store a reply; the first one to a question stays."
-        return self.writer.write("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?)", request.key, request.text, canonical(reply), source)
+    def keep(self, request: Request, reply: Reply, source: str, send: int | None = None, cost: int | None = None) -> Future:  # source: "live", "batch" or "import"
+        "Store a reply, and log what its sending cost; the first reply to a question stays."
+        kept = "INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?)", (request.key, request.text, canonical(reply), source)
+        settled = "UPDATE sends SET outcome = 'reply', cost = ?, input_tokens = ?, output_tokens = ? WHERE id = ?", (cost, reply.input_tokens, reply.output_tokens, send)
+        return self.writer.write_all(kept, *([] if send is None else [settled]))
 
     def refuse(self, request: Request, failure: Failure) -> Future:
         "Store why a question has no reply, where that lies in the question."

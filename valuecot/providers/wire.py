@@ -72,8 +72,7 @@ def reply_of(text: str | None, model: str, usage: tuple[int, int], finish: str) 
     "A reply with words in it."
     if not text or not text.strip():
         raise Failed(f"empty reply ({finish or 'no reason given'})", billed=True, lasting=True)
-    if any("\ud800" <= c <= "\udfff" for c in text):  # half a character: no file can hold it
-        raise ValueError("half a character")
+    text.encode()  # half a character is an error here: no file can hold it
     if not all(isinstance(n, int) and n >= 0 for n in usage):
         raise TypeError(f"{usage} are no counts of tokens")
     return Reply(text, model, *usage, finish)
