@@ -16,6 +16,7 @@ import threading
 import time
 import urllib.request
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -662,6 +663,22 @@ def test_a_key_is_hidden_also_where_a_message_is_cut(monkeypatch):
     for place in range(150, 210):
         assert "sk-pl" not in live.refused(400, None, "x" * place + KEY).reason
     assert live.refused(400, None, "the prompt is too long").lasting and not live.refused(400, None, "API key not valid").lasting and not live.refused(400, None, "your credit balance is too low").lasting
+
+
+def test_what_a_gateway_breaks_off_may_have_been_paid_for():
+    live = Live("server", PRICE, "http://localhost:1/v1")
+    assert [live.refused(status, None, "").billed for status in (408, 429, 500, 502, 503, 504, 524)] == [False, False, False, True, False, True, True]
+    assert all(live.refused(status, None, "").again for status in (408, 409, 429, 500, 502, 503, 504, 524))
+
+
+def test_two_teachers_that_ask_one_model_in_two_ways_are_refused():
+    from valuecot.settings import load
+    from valuecot.teacher.desks import backends
+
+    one = replace(load("tiny")["teacher.rules"], provider="server", model="m", base_url="http://localhost:1/v1")
+    assert list(backends([one, one])[0]) == ["server/m"]
+    with pytest.raises(ValueError, match="two teachers ask server/m in different ways"):
+        backends([one, replace(one, effort="low")])
 
 
 def test_a_redirect_does_not_take_the_key_along(cache, monkeypatch):

@@ -14,7 +14,7 @@ from ..providers.asking import Policy
 from ..providers.cache import Cache, export_replies, import_replies
 from ..settings import root
 from ..store import read_records, write_records
-from ..teacher.asked import Collected, apart, collect
+from ..teacher.asked import Collected, collect, unequal
 from ..teacher.controls import controls
 from ..teacher.desks import backends, questions, replies_path, teachers_of
 from ..types import Prompt, Run, Trace
@@ -56,7 +56,7 @@ def run_traces(run: Run) -> list[Trace]:
     prompts = [p for p in read_records(run.inputs["prompts/all/all/all"] / "prompts.jsonl", Prompt) if p.split in ("sft", "heldout")]
     found = replies(run, prompts)
     made, lost = controls(found.traces)
-    aside = found.aside + apart(found.traces, run.settings["geometry.traces"].match)
+    aside = found.aside + unequal(found.traces, run.settings["geometry.traces"].match)
     write_records(run.out / "traces.jsonl", found.traces)
     write_records(run.out / "controls.jsonl", made)
     write_records(run.out / "quarantine.jsonl", aside)

@@ -23,7 +23,7 @@ from ..types import Prompt, Shown, Trace
 
 # %% auto #0
 __all__ = ['Reads', 'Desk', 'Quarantined', 'Ending', 'looked', 'ask_twice', 'together', 'Wanted', 'wanted', 'trace_in',
-           'Collected', 'collect', 'by_reason', 'with_traces', 'apart', 'read_traces']
+           'Collected', 'collect', 'by_reason', 'with_traces', 'unequal', 'read_traces']
 
 # %% ../../nbs/teacher/44_asked.ipynb #fd8fb3a5
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def with_traces(prompts: list[Prompt], traces: list[Trace], aside: list[Quaranti
     return [p for p in prompts if p.id not in lost], [t for t in traces if t.prompt_id not in lost]
 
 
-def apart(traces: list[Trace], tolerance: float) -> list[Quarantined]:
+def unequal(traces: list[Trace], tolerance: float) -> list[Quarantined]:
     "Traces of prompts whose reasonings differ in length by more than `tolerance` of the longest; 0: none is put aside."
     by: dict[str, list[Trace]] = {}
     for t in traces:

@@ -39,8 +39,7 @@ class RulesDesk(Desk):
 
     def question(self, prompt: Prompt, style: str, words: int | None, templates: dict[str, str] | None = None) -> Request:
         "A question to the rules."
-        if not rules.WORDS[0] <= words <= rules.WORDS[1]:
-            raise ValueError(f"the rules teacher writes {rules.WORDS[0]} to {rules.WORDS[1]} words, asked for {words}: change geometry.traces.words")
+        rules.check_words(words)
         told = {"id": prompt.id, "value_1": prompt.value_1, "value_2": prompt.value_2, "style": style, "words": words}
         return Request(self.provider, self.model, (("user", prompt.text),), self.max_tokens, told)
 

@@ -15,10 +15,10 @@ from .asked import Quarantined, by_reason
 from .audit import Finding
 from .desks import model_name
 from .styles import STYLES, length
-from ..types import Prompt, Trace
+from ..types import Prompt, Trace, short
 
 # %% auto #0
-__all__ = ['OPEN', 'NOTICE', 'origin', 'released', 'sha', 'released_rows', 'counted', 'teacher_lines', 'card', 'escaped']
+__all__ = ['OPEN', 'NOTICE', 'origin', 'released', 'sha', 'released_rows', 'counted', 'teacher_lines', 'card']
 
 # %% ../../nbs/teacher/51_release.ipynb #8d39308c
 OPEN = ("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "odc-by")  # licences that allow passing texts on
@@ -96,13 +96,8 @@ def card(settings: Data, teachers: dict[str, TeacherModel], rows: Sequence[dict]
         "## Counts", *counted(rows, "split", "teacher", "style"), "", "`in_study` is false for prompts of which some trace was put aside: no arm is trained or measured on them.", "",
         "## What the audit saw", "Checks read words, not meaning; a fault is a reason to look.", "",
         *(["| teacher | style | fault | rows | of |", "|---|---|---|---|---|", *(f"| {a} | {b} | {k} | {n} | {of[a, b]} |" for (a, b, k), n in sorted(faults.items()))] if faults else ["Nothing."]), "",
-        "## Put aside", *(["| teacher | style | reason | replies |", "|---|---|---|---|", *(f"| {r['teacher']} | {r['style']} | {escaped(r['reason'])} | {r['count']} |" for r in reasons)] if aside else ["Nothing."]), "",
+        "## Put aside", *(["| teacher | style | reason | replies |", "|---|---|---|---|", *(f"| {r['teacher']} | {r['style']} | {short(r['reason'], 200)} | {r['count']} |" for r in reasons)] if aside else ["Nothing."]), "",
         "## The same again", "`replies.jsonl.gz` holds the teachers' replies; a study that names its folder in `geometry.traces.replies` makes these rows from it without a key." if released(settings) else "The teachers' replies quote the prompts and are withheld too.", "",
         "## How the teachers were asked", *(f"### {name}\n````text\n{text.strip()}\n````" for name, text in templates.items()), "",
     ]  # fmt: skip
     return "\n".join(parts)
-
-
-def escaped(text: str) -> str:
-    "Text for a cell of a Markdown table."
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

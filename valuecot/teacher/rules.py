@@ -15,7 +15,8 @@ from ..types import Prompt, Trace
 
 # %% auto #0
 __all__ = ['VALUES', 'PRINCIPLES', 'EXPLORE', 'COOL', 'CONVERGE', 'REASON', 'ROLES', 'RESPONSES', 'WORDS', 'Value', 'value',
-           'in_order', 'choose', 'fillings', 'sentence', 'Line', 'draft', 'fit', 'write_phases', 'write_trace']
+           'in_order', 'choose', 'fillings', 'sentence', 'Line', 'draft', 'fit', 'write_phases', 'check_words',
+           'write_trace']
 
 # %% ../../nbs/teacher/42_rules.ipynb #f25ea282
 class Value(NamedTuple):
@@ -255,6 +256,12 @@ def write_phases(
 WORDS = (40, 150)  # lengths that the sentences above can serve
 
 
+def check_words(words: int) -> None:
+    "Refuse a length that the rules cannot write."
+    if not WORDS[0] <= words <= WORDS[1]:
+        raise ValueError(f"the rules teacher writes {WORDS[0]} to {WORDS[1]} words, asked for {words}: change geometry.traces.words")
+
+
 def write_trace(
     prompt: Prompt,
     style: str,  # name in the registry
@@ -262,8 +269,7 @@ def write_trace(
     seed: int,
 ) -> Trace:
     "The rules teacher's reasoning and response for one prompt."
-    if not WORDS[0] <= words <= WORDS[1]:
-        raise ValueError(f"the rules teacher writes {WORDS[0]} to {WORDS[1]} words, asked for {words}: change geometry.traces.words")
+    check_words(words)
     fill = fillings(prompt)
     phases = write_phases(style, fill, words, f"trace {seed} {style} {prompt.id}")
     wording = random.Random(f"response {seed} {prompt.id}").choice(RESPONSES)  # the same for every style of a prompt
