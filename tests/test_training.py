@@ -9,12 +9,24 @@ from transformers import AutoModelForCausalLM
 from valuecot.settings import GRPO, SFT, ModelShape, load
 from valuecot.text import well_formed
 from valuecot.training import costs
-from valuecot.training.grpo import checked, grpo_config, judge_reward, train_grpo
-from valuecot.training.models import conversation, encode, fix, load_model, opens_thinking, render, save_model, scratch_model, targets, train_tokenizer
+from valuecot.training.arguments import accumulation, grpo_config, sft_config
+from valuecot.training.grpo import judge_reward, train_grpo
 from valuecot.training.judge import check_rewards, visible
+from valuecot.training.models import (
+    conversation,
+    encode,
+    fix,
+    load_model,
+    opens_thinking,
+    render,
+    save_model,
+    scratch_model,
+    targets,
+    train_tokenizer,
+)
 from valuecot.training.reward import faults, preference_pairs
 from valuecot.training.sampling import complete
-from valuecot.training.sft import accumulation, check_lengths, sft_config, train_sft
+from valuecot.training.sft import check_rows, train_sft
 from valuecot.types import Arm, Prompt, Trace
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -97,7 +109,7 @@ def run_grpo(family, reward, tmp_path, seed=0):
     model, tokenizer = load_model(family)
     settings = GRPO(1, 32, 8, 0.01, 1e-2, "constant_with_warmup", 0.0, "grpo", "group", 0.2, 1, False, 1.0, 1.0, 10, 0.0, 1.0, 32)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
-    log = train_grpo(model, tokenizer, [PROMPT.text] * 80, reward, settings, True, seed, tmp_path)
+    log = train_grpo(model, tokenizer, [{"prompt": PROMPT.text}] * 80, reward, settings, True, seed, tmp_path)
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
     return [e["reward"] for e in log if "reward" in e], float((after - before).norm())
 
@@ -115,8 +127,8 @@ def test_a_reward_within_reach_rises_and_a_constant_one_teaches_nothing(family, 
 def test_a_reward_that_is_no_number_stops_the_run(family, tmp_path):
     with pytest.raises(ValueError, match="gave nan for the prompt"):
         check_rewards([float("nan")], ["May I?"])
-    bad = checked(lambda prompts, completions, **_: [float("nan")] * len(completions))
-    with pytest.raises(ValueError, match="gave nan"):
+    bad = lambda prompts, completions, **_: [float("nan")] * len(completions)
+    with pytest.raises(ValueError, match="reward was nan"):
         run_grpo(family, bad, tmp_path)
 
 
@@ -144,11 +156,11 @@ def test_preference_pairs_share_the_faults():
 def test_bad_rows_are_refused(family, tmp_path):
     model, tokenizer = load_model(family)
     with pytest.raises(ValueError, match="raise geometry.sft.max_length"):
-        check_lengths([conversation(PROMPT, TRACE, True)], tokenizer, 8)
+        check_rows([conversation(PROMPT, TRACE, True)], tokenizer, 8)
     with pytest.raises(ValueError, match="no rows"):
         train_sft(model, tokenizer, [], load("tiny")["geometry.sft"], 0, tmp_path)
-    with pytest.raises(ValueError, match="lower geometry.grpo.batch_size"):
-        train_grpo(model, tokenizer, ["one"], lambda **_: [], load("tiny")["geometry.grpo"], True, 0, tmp_path)
+    with pytest.raises(ValueError, match="lower grpo.batch_size"):
+        train_grpo(model, tokenizer, [{"prompt": "one"}], lambda **_: [], load("tiny")["geometry.grpo"], True, 0, tmp_path)
     with pytest.raises(ValueError, match="choose one that divides"):
         accumulation(8, 3, "geometry.grpo")
     arm = Arm("standard", "Standard", "standard", "grpo", True, "annealing", "completion")
@@ -160,7 +172,7 @@ def test_bad_rows_are_refused(family, tmp_path):
 
 
 def test_grpo_writes_out_what_trl_would_default(tmp_path):
-    config = grpo_config(load("paper")["geometry.grpo"], True, 0, tmp_path)
+    config = grpo_config(load("paper")["geometry.grpo"], {}, 0, tmp_path)
     assert (config.loss_type, config.beta, config.use_bias_correction_kl, config.lr_scheduler_type, config.epsilon_high) == ("grpo", 0.1, False, "cosine", None)
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 8 and config.num_generations == 4
 

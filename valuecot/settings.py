@@ -9,6 +9,7 @@ import argparse
 import configparser
 import difflib
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -21,8 +22,8 @@ from .types import Arm
 # %% auto #0
 __all__ = ['records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Weights', 'Data', 'Design', 'Traces', 'TeacherModel',
            'SFT', 'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'ModelShape', 'BaseModel', 'Steerable',
-           'SteerableSFT', 'SteerableGRPO', 'Sampling', 'record_of', 'cast', 'published', 'read_file', 'optional',
-           'put', 'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'tell']
+           'SteerableSFT', 'SteerableGRPO', 'Sampling', 'record_of', 'cast', 'published', 'read_file', 'notes',
+           'optional', 'put', 'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'tell']
 
 # %% ../nbs/01_settings.ipynb #8ad55607
 def root(
@@ -129,6 +130,10 @@ class SFT:
     max_grad_norm: float
     max_length: int
     micro_batch: int
+    min_learning_rate: float = 0.0  # that a cosine ends at
+    precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights and optimiser stay float32
+    activation_checkpointing: bool = False  # less memory, more time, the same numbers
+    checkpoint_every: int = 50  # updates that a kill can cost
 
 
 @dataclass(frozen=True)
@@ -165,10 +170,25 @@ class GRPO:
     weight_decay: float
     max_grad_norm: float
     micro_batch: int
+    batch_unit: Literal["completions", "prompts"] = "completions"  # that batch_size counts
+    updates_per_rollout: int = 1
+    top_k: int = 0  # 0: all tokens
+    min_learning_rate: float = 0.0  # that a cosine ends at
+    max_prompt_length: int = 0  # tokens; 0: what the model's window leaves
+    long_prompts: Literal["error", "drop"] = "error"  # drop: counted in run.json
+    precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights and optimiser stay float32
+    activation_checkpointing: bool = False  # less memory, more time, the same numbers
+    rollouts: Literal["transformers", "vllm"] = "transformers"  # who generates
+    checkpoint_every: int = 50  # updates that a kill can cost
+    patience: int = 0  # updates in a row that can teach nothing, before the run stops; 0: it goes on
 
     def __post_init__(self):
-        if self.batch_size % self.group_size:
+        if self.batch_unit == "completions" and self.batch_size % self.group_size:
             raise ValueError(f"grpo.batch_size={self.batch_size} is no multiple of grpo.group_size={self.group_size}: every group must be whole")
+        if self.group_size < 2:
+            raise ValueError(f"grpo.group_size={self.group_size}: a completion is judged against the others of its group, so at least 2")
+        if self.checkpoint_every % self.updates_per_rollout:
+            raise ValueError(f"grpo.checkpoint_every={self.checkpoint_every} is no multiple of grpo.updates_per_rollout={self.updates_per_rollout}: inside a rollout a run cannot be taken up again")
 
 # %% ../nbs/01_settings.ipynb #64085721-3
 @dataclass(frozen=True)
@@ -343,7 +363,7 @@ def cast(
         raise ValueError(f"{where} = {text!r} is not {'a whole number' if kind is int else 'a number'}") from None
     if not 0 <= value < float("inf"):
         raise ValueError(f"{where} = {text!r} must be finite and not negative")
-    if kind is int and value == 0 and not where.endswith(("seed", "seeds", "top_k", "head_dim", "linear_heads", "per_minute")):
+    if kind is int and value == 0 and not where.endswith(("seed", "seeds", "top_k", "head_dim", "linear_heads", "per_minute", "max_prompt_length", "patience")):
         raise ValueError(f"{where} = 0 would leave nothing to do: it counts something, so at least 1")
     return value
 
@@ -368,6 +388,17 @@ def read_file(path: Path) -> configparser.ConfigParser:  # every section, values
     parser.optionxform = str
     parser.read_string(path.read_text(encoding="utf-8"), source=path.name)
     return parser
+
+# %% ../nbs/01_settings.ipynb #66f951ee
+def notes(path: Path | None = None) -> dict[str, str]:  # "section.key" -> comment
+    "Where every setting comes from, by the comments of settings.ini."
+    found, section = {}, ""
+    for line in (path or root() / "settings.ini").read_text(encoding="utf-8").splitlines():
+        if head := re.fullmatch(r"\[(.+)\]\s*", line):
+            section = head[1]
+        elif (written := re.fullmatch(r"([\w.-]+) =.*?\s;\s(.*)", line)) and section not in profiles:
+            found[f"{section}.{written[1]}"] = written[2]
+    return found
 
 # %% ../nbs/01_settings.ipynb #4caea13c
 def optional(section: str) -> set[str]:

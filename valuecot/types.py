@@ -74,16 +74,23 @@ class Arm(Shown):
     name: str
     label: str  # as figures and tables print it
     sft: str  # trace style that it is fine-tuned on; "" for no fine-tuning
-    grpo: str  # splits whose prompts its reinforcement learning sees, joined by "+"
+    grpo: str  # splits whose prompts its reinforcement learning sees, joined by "+"; "" for none
     thinking: bool  # prompts end inside an open <think>
     target: str  # trace style whose text the Hessian is taken over
     part: Literal["completion", "reasoning", "response", "prompt", "text"]  # what is scored of it; completion: reasoning and response; text: all
+    reward: Literal["judge", "format"] = "judge"  # of reinforcement learning: the reward model's score, or 1 for a well-formed completion
+    fraction: float = 1.0  # of the training prompts, the same ones for every arm and seed
+    answer_weight: float = 1.0  # in fine-tuning, of a response's token against one of reasoning
 
     def __post_init__(self):
-        if wrong := set(self.grpo.split("+")) - {"sft", "grpo"}:
+        if self.grpo and (wrong := set(self.grpo.split("+")) - {"sft", "grpo"}):
             raise ValueError(f"arm {self.name}: grpo = {self.grpo!r} names {', '.join(sorted(wrong)) or 'nothing'}; an arm trains on sft, grpo or sft+grpo, never on held-out prompts")
         if self.part == "reasoning" and not self.thinking:
             raise ValueError(f"arm {self.name}: part = reasoning, but thinking = no: its text holds no reasoning, take response")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"arm {self.name}: fraction = {self.fraction} is no share of the prompts: more than 0, at most 1")
+        if self.reward == "format" and not self.thinking:
+            raise ValueError(f"arm {self.name}: reward = format, but thinking = no: there is no form to reward")
 
 # %% ../nbs/00_types.ipynb #64d9a672-4
 @dataclass(frozen=True)
@@ -182,3 +189,8 @@ class Run(Shown):
     settings: object  # the settings that the stage declared, and no others
     inputs: dict[str, Path]  # "stage/model/arm/seed" -> folder of a complete earlier run
     key: str = ""  # rerun key: code, settings read, keys of the inputs
+
+    @property
+    def policy(self) -> Path:
+        "The checkpoint that the stage takes up: its arm's last."
+        return next(folder / "model" for name, folder in self.inputs.items() if name.split("/")[0] in ("grpo", "sft", "base_model"))

@@ -9,10 +9,11 @@ import random
 from collections import Counter
 from dataclasses import replace
 
+from ..store import digest
 from ..types import Prompt
 
 # %% auto #0
-__all__ = ['allocate', 'stratum', 'deal', 'check_sizes', 'split_prompts', 'counts']
+__all__ = ['allocate', 'stratum', 'deal', 'check_sizes', 'split_prompts', 'share', 'counts']
 
 # %% ../../nbs/data/22_splits.ipynb #c1cc07c3
 def allocate(
@@ -99,6 +100,13 @@ def split_prompts(
         groups = deal(parts[2], [prompts_per_subset] * subsets + [rest], f"subset {seed}")
         chosen += [replace(p, split="heldout", subset=k if k < subsets else -1) for k, group in enumerate(groups) for p in group]
     return sorted(chosen, key=lambda p: p.id)
+
+# %% ../../nbs/data/22_splits.ipynb #d6396977
+def share(prompts: list[Prompt], fraction: float) -> list[Prompt]:  # in their order
+    "The first `fraction` of `prompts` by a hash of their ids, at least one."
+    ranked = sorted(prompts, key=lambda p: digest(f"share {p.id}"))
+    chosen = {p.id for p in ranked[: max(1, round(fraction * len(ranked)))]}
+    return [p for p in prompts if p.id in chosen]
 
 # %% ../../nbs/data/22_splits.ipynb #221de01f
 def counts(

@@ -30,6 +30,7 @@ class Stage:
     reads: tuple[str, ...] = ()  # settings sections; {model}, {arm}, {study} are filled in, {arms}, {teachers} give one for each
     inputs: tuple[str, ...] = ()  # stages needed first; "sft|base_model" takes the first that this arm has
     only: str = ""  # field of Arm: arms where it is empty skip the stage
+    same: tuple[str, ...] = ()  # fields of Arm: arms that agree in all of them share one run, under the name of the first in settings.ini
     report: bool = False  # collects everything: its folder has no levels, and figures are its product
     notebook: Path = Path()  # filled in by `stages`
 
@@ -110,6 +111,13 @@ class Plan:
         "Whether `arm` has `stage` at all."
         return not stage.only or arm == "all" or bool(getattr(self.settings[f"arm.{arm}"], stage.only))
 
+    def shared(self, stage: Stage, arm: str) -> str:
+        "The arm under whose name `stage` runs for `arm`."
+        if not stage.same or arm == "all":
+            return arm
+        arms = [record for name, record in self.settings.sections.items() if name.startswith("arm.")]
+        return next(other.name for other in arms if all(getattr(other, f) == getattr(self.settings[f"arm.{arm}"], f) for f in stage.same))
+
     def expand(self, stage: Stage, fixed: dict[str, str]) -> list[Job]:
         "Jobs of `stage`, with levels in `fixed` held."
         design = self.settings["geometry.design"]
@@ -118,7 +126,7 @@ class Plan:
         for level in stage.levels:
             choices = [fixed[level]] if fixed.get(level, "all") != "all" else known[level]
             found = [replace(job, **{level: choice}) for job in found for choice in choices]
-        return [job for job in found if self.runs(stage, job.arm)]
+        return list(dict.fromkeys(replace(job, arm=self.shared(stage, job.arm)) for job in found if self.runs(stage, job.arm)))
 
     def inputs(self, job: Job) -> list[Job]:
         "Jobs that must be complete before `job`."

@@ -26,7 +26,7 @@ from ..types import Landscape, Run, Spectrum
 __all__ = ['stage', 'checks', 'surface', 'run_landscape']
 
 # %% ../../nbs/geometry/60_landscape.ipynb #6f89fce7
-stage = Stage("landscape", levels=("model", "arm", "seed"), reads=("geometry.hessian", "geometry.landscape", "arm.{arm}"), inputs=("prompts", "traces", "grpo", "spectrum", "range"))
+stage = Stage("landscape", levels=("model", "arm", "seed"), reads=("geometry.hessian", "geometry.landscape", "arm.{arm}"), inputs=("prompts", "traces", "grpo|sft|base_model", "spectrum", "range"))
 
 # %% ../../nbs/geometry/60_landscape.ipynb #35f8f918
 def checks(H: LossHessian, land: Landscape, spectrum: Spectrum) -> list[dict[str, float]]:  # one row per direction
@@ -61,7 +61,7 @@ def run_landscape(run: Run) -> dict[str, Landscape]:  # "subset0", "subset1"
     arm, settings, device = run.settings[f"arm.{run.arm}"], run.settings["geometry.landscape"], str(fix(run.seed))
     prompts, traces = read_traces(run.inputs["prompts/all/all/all"], run.inputs["traces/all/all/all"])
     cell = f"{run.model}/{run.arm}/seed{run.seed}"
-    model, tokenizer = load_model(run.inputs[f"grpo/{cell}"] / "model", device)
+    model, tokenizer = load_model(run.policy, device)
     spectrum = load_tensors(run.inputs[f"spectrum/{cell}"] / "subset0.safetensors", Spectrum)
     radius = read_json(run.inputs[f"range/{run.model}/all/seed{run.seed}"] / "range.json")["radius"]
     axis = torch.linspace(-radius, radius, settings.grid)

@@ -20,7 +20,7 @@ from ..types import Run, Spectrum
 __all__ = ['stage', 'row', 'measure_subset', 'run_spectrum']
 
 # %% ../../nbs/geometry/50_spectrum.ipynb #c956ceb5
-stage = Stage("spectrum", levels=("model", "arm", "seed"), reads=("geometry.hessian", "arm.{arm}"), inputs=("prompts", "traces", "grpo"))
+stage = Stage("spectrum", levels=("model", "arm", "seed"), reads=("geometry.hessian", "arm.{arm}"), inputs=("prompts", "traces", "grpo|sft|base_model"))
 
 # %% ../../nbs/geometry/50_spectrum.ipynb #97676d29
 def row(instrument: str, subset: int, found: Spectrum, least: Spectrum | None = None) -> dict[str, object]:
@@ -47,7 +47,7 @@ def run_spectrum(run: Run) -> list[dict]:  # rows of the table
     "Measure one checkpoint on every subset."
     arm, settings, device = run.settings[f"arm.{run.arm}"], run.settings["geometry.hessian"], str(fix(run.seed))
     prompts, traces = read_traces(run.inputs["prompts/all/all/all"], run.inputs["traces/all/all/all"])
-    model, tokenizer = load_model(run.inputs[f"grpo/{run.model}/{run.arm}/seed{run.seed}"] / "model", device)
+    model, tokenizer = load_model(run.policy, device)
     rows, tokens = [], {}
     for subset in sorted({p.subset for p in prompts} - {-1}):
         examples = targets(tokenizer, prompts, traces, arm, subset)

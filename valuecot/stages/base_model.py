@@ -14,9 +14,10 @@ from ..flow.plan import Stage
 from ..flow.run import finish
 from ..settings import BaseModel, ModelShape
 from ..store import read_records
+from ..training.checkpoints import save_history, training_key, workplace
 from ..training.models import fix, load_model, marks, parameter_count, save_model, scratch_model, train_tokenizer
 from ..training.sampling import complete
-from ..training.sft import history_rows, pretrain, save_history
+from ..training.sft import pretrain
 from ..types import Checkpoint, Prompt, Run, Trace
 
 # %% ../../nbs/stages/10_base_model.ipynb #2aee4752
@@ -45,7 +46,8 @@ def build(shape: ModelShape, settings: BaseModel, prompts: list[Prompt], traces:
     tokenizer = train_tokenizer([m["content"] for chat in talk for m in chat] + teacher, shape.vocab, empty_think=shape.architecture == "qwen3_5")
     model = scratch_model(shape, tokenizer).to(device)
     texts = [tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False) for chat in talk]
-    return model, tokenizer, pretrain(model, tokenizer, texts, settings, 0, run.out / "trainer", device)
+    with workplace(run) as place:
+        return model, tokenizer, pretrain(model, tokenizer, texts, settings, 0, place, device, training_key(run))
 
 # %% ../../nbs/stages/10_base_model.ipynb #fba3b041
 def judged(model, tokenizer, n: int) -> dict[str, object]:
@@ -66,8 +68,7 @@ def run_base_model(run: Run) -> Checkpoint:
     if shape.source == "scratch":
         traces = read_records(run.inputs["traces/all/all/all"] / "traces.jsonl", Trace)
         model, tokenizer, log = build(shape, settings, prompts, traces, run, device)
-        save_history(log, run.out / "history.jsonl")
-        steps = max(row["step"] for row in history_rows(log))
+        steps = save_history(log, run.out / "history.jsonl")
     else:
         model, tokenizer = load_model(shape.source, device)
         counts["revision"] = getattr(model.config, "_commit_hash", None)

@@ -9,10 +9,10 @@ __all__ = ['stage', 'pairs_of', 'train_judge', 'run_reward_model']
 from ..flow.plan import Stage
 from ..flow.run import finish
 from ..store import read_records
+from ..training.checkpoints import save_history, training_key, workplace
 from ..training.models import fix, parameter_count, save_model, train_tokenizer
 from ..training.judge import ScalarReward
 from ..training.reward import accuracy, preference_pairs, reward_shape, train_reward
-from ..training.sft import history_rows, save_history
 from ..types import Checkpoint, Prompt, Run, Trace
 
 # %% ../../nbs/stages/30_reward_model.ipynb #ca85f5e3
@@ -30,10 +30,10 @@ def train_judge(run: Run, prompts: list[Prompt], traces: list[Trace], device: st
     rows = pairs_of(prompts, traces, "sft", settings.pairs, seed=0)
     tokenizer = train_tokenizer([m["content"] for r in rows for side in ("prompt", "chosen", "rejected") for m in r[side]], shape.vocab)
     model = reward_shape(shape, tokenizer).to(device)
-    log = train_reward(model, tokenizer, rows, settings, 0, run.out / "trainer", device)
-    save_history(log, run.out / "history.jsonl")
-    save_model(model, tokenizer, run.out / "model")
-    return max(row["step"] for row in history_rows(log))
+    with workplace(run) as place:
+        log = train_reward(model, tokenizer, rows, settings, 0, place, device, training_key(run))
+        save_model(model, tokenizer, run.out / "model")
+    return save_history(log, run.out / "history.jsonl")
 
 # %% ../../nbs/stages/30_reward_model.ipynb #716a20f6
 def run_reward_model(run: Run) -> Checkpoint:

@@ -16,7 +16,7 @@ from ..training.sampling import rollouts
 from ..types import Prompt, Rollout, Run
 
 # %% ../../nbs/stages/45_samples.ipynb #3a502338
-stage = Stage("samples", levels=("model", "arm", "seed"), reads=("{study}.samples", "{study}.grpo", "arm.{arm}"), inputs=("prompts", "reward_model", "grpo"))
+stage = Stage("samples", levels=("model", "arm", "seed"), reads=("{study}.samples", "{study}.grpo", "arm.{arm}"), inputs=("prompts", "reward_model", "grpo|sft|base_model"))
 
 # %% ../../nbs/stages/45_samples.ipynb #cf51e1a8
 def summary(found: list[Rollout], thinking: bool) -> dict[str, object]:
@@ -34,7 +34,7 @@ def run_samples(run: Run) -> list[Rollout]:
     arm, settings, device = run.settings[f"arm.{run.arm}"], run.settings[f"{run.study}.samples"], str(fix(run.seed))
     prompts = [p for p in read_records(run.inputs["prompts/all/all/all"] / "prompts.jsonl", Prompt) if p.split == "heldout"]
     prompts = sorted(prompts, key=lambda p: p.id)[: settings.prompts]
-    model, tokenizer = load_model(run.inputs[f"grpo/{run.model}/{run.arm}/seed{run.seed}"] / "model", device)
+    model, tokenizer = load_model(run.policy, device)
     judge = ScalarReward(run.inputs["reward_model/all/all/all"] / "model", device)
     found = rollouts(model, tokenizer, prompts, arm.thinking, judge, run.settings[f"{run.study}.grpo"].max_completion_length, settings.temperature, settings.batch_size, run.seed)
     write_records(run.out / "rollouts.jsonl", found)

@@ -6,35 +6,39 @@
 __all__ = ['stage', 'sft_rows', 'run_sft']
 
 # %% ../../nbs/stages/20_sft.ipynb #bf47b4e8
+from ..data.splits import share
 from ..flow.plan import Stage
 from ..flow.run import finish
 from ..teacher.asked import read_traces
+from ..teacher.styles import STYLES
+from ..training.checkpoints import save_history, training_key, workplace
 from ..training.models import conversation, fix, load_model, parameter_count, save_model
-from ..training.sft import history_rows, save_history, train_sft
-from ..types import Checkpoint, Prompt, Run, Trace
+from ..training.sft import train_sft
+from ..types import Arm, Checkpoint, Prompt, Run, Trace
 
 # %% ../../nbs/stages/20_sft.ipynb #7997c1a6
-stage = Stage("sft", levels=("model", "arm", "seed"), reads=("{study}.sft", "arm.{arm}"), inputs=("prompts", "traces", "base_model"), only="sft")
+stage = Stage("sft", levels=("model", "arm", "seed"), reads=("{study}.sft", "arm.{arm}"), inputs=("prompts", "traces", "base_model"), only="sft", same=("sft", "thinking", "fraction", "answer_weight"))
 
 # %% ../../nbs/stages/20_sft.ipynb #ccfc5e34
-def sft_rows(prompts: list[Prompt], traces: list[Trace], style: str, thinking: bool) -> list[dict]:
-    "Training rows: each SFT prompt with its trace of `style`."
-    written = {t.prompt_id: t for t in traces if t.style == style}
-    wanted = [p for p in prompts if p.split == "sft"]
-    if lacking := [p.id for p in wanted if p.id not in written]:
-        raise ValueError(f"{len(lacking)} of {len(wanted)} SFT prompts have no {style} trace, first {lacking[0]!r}")
-    return [conversation(p, written[p.id], thinking) for p in wanted]
+def sft_rows(prompts: list[Prompt], traces: list[Trace], arm: Arm) -> tuple[list[dict], int]:  # rows, prompts without a trace
+    "Training rows: each SFT prompt of the arm with its trace; a control's rule may not fit every prompt, a teacher's trace is there for all."
+    written = {t.prompt_id: t for t in traces if t.style == arm.sft}
+    wanted = share([p for p in prompts if p.split == "sft"], arm.fraction)
+    lacking = [p.id for p in wanted if p.id not in written]
+    if lacking and (not STYLES[arm.sft].of or len(lacking) == len(wanted)):
+        raise ValueError(f"{len(lacking)} of {len(wanted)} SFT prompts have no {arm.sft} trace, first {lacking[0]!r}")
+    return [conversation(p, written[p.id], arm.thinking) for p in wanted if p.id in written], len(lacking)
 
 
 def run_sft(run: Run) -> Checkpoint:
     "Fine-tune the base model on one arm's traces."
     arm, settings, device = run.settings[f"arm.{run.arm}"], run.settings[f"{run.study}.sft"], str(fix(run.seed))
     prompts, traces = read_traces(run.inputs["prompts/all/all/all"], run.inputs["traces/all/all/all"])
-    model, tokenizer = load_model(run.inputs[f"base_model/{run.model}/all/all"] / "model", device)
-    rows = sft_rows(prompts, traces, arm.sft, arm.thinking)
-    log = train_sft(model, tokenizer, rows, settings, run.seed, run.out / "trainer", device)
-    save_history(log, run.out / "history.jsonl")
-    save_model(model, tokenizer, run.out / "model")
-    steps = max(row["step"] for row in history_rows(log))
-    finish(run, {"rows": len(rows), "style": arm.sft, "steps": steps}, device, str(model.dtype))
+    model, tokenizer = load_model(run.policy, device)
+    rows, lacking = sft_rows(prompts, traces, arm)
+    with workplace(run) as place:
+        log = train_sft(model, tokenizer, rows, settings, run.seed, place, device, training_key(run), arm.answer_weight)
+        steps = save_history(log, run.out / "history.jsonl")
+        save_model(model, tokenizer, run.out / "model")
+    finish(run, {"rows": len(rows), "prompts without a trace": lacking, "style": arm.sft, "steps": steps}, device, str(model.dtype))
     return Checkpoint(run.out / "model", "sft", run.model, run.arm, run.seed, parameter_count(model), steps)

@@ -5,68 +5,207 @@
 # %% ../../nbs/training/54_grpo.ipynb #80efba7c
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer
+from transformers import TrainerCallback
+from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from ..settings import GRPO
-from .judge import ScalarReward, check_rewards, visible
-from .models import template_options
-from .sft import accumulation, common, fit
+from ..text import parse_answer, well_formed
+from .arguments import completions_per_update, grpo_config
+from .checkpoints import Guarded, fit, saving
+from .judge import ScalarReward, visible
+from .models import opens_thinking, render, template_options
 
 # %% auto #0
-__all__ = ['grpo_config', 'judge_reward', 'checked', 'train_grpo']
+__all__ = ['Reward', 'IDLE', 'texts_of', 'judge_reward', 'letter_reward', 'format_reward', 'Watched', 'kept_completions',
+           'StopWhenIdle', 'fitting', 'check_prompts', 'Order', 'Trainer', 'train_grpo']
 
-# %% ../../nbs/training/54_grpo.ipynb #3b2eef47
-def grpo_config(settings: GRPO, thinking: bool, seed: int, out: Path, device: str = "cpu") -> GRPOConfig:
-    "TRL's arguments for the printed GRPO; the batch counts completions."
-    micro, passes = accumulation(settings.batch_size, settings.micro_batch, "geometry.grpo")
-    return GRPOConfig(
-        **common(device, seed, out),
-        num_train_epochs=settings.epochs, per_device_train_batch_size=micro, gradient_accumulation_steps=passes, steps_per_generation=passes,
-        num_generations=settings.group_size, num_iterations=settings.iterations, beta=settings.kl_coef, epsilon=settings.epsilon, epsilon_high=None,
-        learning_rate=settings.learning_rate, lr_scheduler_type=settings.schedule, warmup_steps=settings.warmup, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm,
-        loss_type=settings.loss_type, scale_rewards=settings.scale_rewards, use_bias_correction_kl=settings.bias_correction_kl, importance_sampling_level="token",
-        temperature=settings.temperature, top_p=settings.top_p, top_k=0, max_completion_length=settings.max_completion_length, mask_truncated_completions=False,
-        disable_dropout=False, sync_ref_model=False, entropy_coef=0.0, shuffle_dataset=True, use_vllm=False, log_completions=False, chat_template_kwargs=template_options(thinking),
-    )
+# %% ../../nbs/training/54_grpo.ipynb #81da675a
+Reward = Callable[..., list[float | None]]
 
-# %% ../../nbs/training/54_grpo.ipynb #c3921ca2
-def judge_reward(judge: ScalarReward, scope: str, opened: bool) -> Callable[..., list[float]]:
-    "Reward function for TRL from a scalar judge."
+
+def texts_of(chats: list[list[dict[str, str]]]) -> list[str]:
+    "The last message of each."
+    return [chat[-1]["content"] for chat in chats]
+
+
+def judge_reward(judge: ScalarReward, scope: str, opened: bool) -> Reward:
+    "Score of a reward model."
 
     def reward(prompts, completions, log_metric=None, **columns) -> list[float]:
-        texts = [p[-1]["content"] for p in prompts]
-        written = [c[-1]["content"] for c in completions]
-        scores = {"response": judge(texts, [visible(w, opened) for w in written]), "full": judge(texts, written)}
+        asked, written = texts_of(prompts), texts_of(completions)
+        scores = {"response": judge(asked, [visible(w, opened) for w in written]), "full": judge(asked, written)}
         other = "full" if scope == "response" else "response"
         if log_metric:
-            log_metric(f"reward_{other}", sum(scores[other]) / len(texts))
+            log_metric(f"reward_{other}", sum(scores[other]) / len(asked))
         return scores[scope]
 
     return reward
 
+# %% ../../nbs/training/54_grpo.ipynb #39f33ef8
+def letter_reward(strict: bool = False) -> Reward:
+    "1 for the gold letter, 0 for another or none; column `gold` holds the letters."
 
-def checked(reward: Callable[..., list[float]]) -> Callable[..., list[float]]:
-    "`reward`, refusing a value that is no number before it reaches an advantage."
+    def reward(prompts, completions, gold, log_metric=None, **columns) -> list[float | None]:
+        right = {name: [None if not g else float(parse_answer(text, strict=name == "strict") == g) for text, g in zip(texts_of(completions), gold, strict=True)] for name in ("strict", "lenient")}
+        for name, values in right.items():
+            scored = [v for v in values if v is not None]
+            if log_metric and scored:
+                log_metric(f"answer_{name}", sum(scored) / len(scored))
+        return right["strict" if strict else "lenient"]
 
-    def wrapped(prompts, completions, **columns) -> list[float]:
-        return check_rewards(reward(prompts, completions, **columns), [str(p[-1]["content"]) for p in prompts])
+    return reward
 
-    wrapped.__name__ = getattr(reward, "__name__", "reward")
-    return wrapped
 
-# %% ../../nbs/training/54_grpo.ipynb #e51d4d0a
-def train_grpo(model, tokenizer, prompts: list[str], reward: Callable[..., list[float]], settings: GRPO, thinking: bool, seed: int, out: Path, device: str = "cpu") -> list[dict]:  # history
-    "Train `model` in place; it must come from disk, where the reference policy is read again."
-    if not prompts:
+def format_reward(opened: bool) -> Reward:
+    "1 for one closed reasoning and a response behind it: what is left when the content does not count."
+
+    def reward(prompts, completions, **columns) -> list[float]:
+        return [float(well_formed(text, opened=opened)) for text in texts_of(completions)]
+
+    return reward
+
+# %% ../../nbs/training/54_grpo.ipynb #7a14464c
+class Watched:
+    "A reward function, checked, counted and remembered."
+
+    def __init__(
+        self,
+        reward: Reward,
+        opened: bool,  # completions start inside the reasoning
+        kept: Path | None = None,  # file for sampled completions
+        every: int = 1,  # updates between two samples
+        group: int = 4,  # completions in a sample
+    ):
+        self.reward, self.opened, self.kept, self.every, self.group = reward, opened, kept, every, group
+        self.__name__ = "reward"
+
+    def __call__(self, prompts, completions, trainer_state=None, log_metric=None, **columns) -> list[float | None]:
+        written, rewards = texts_of(completions), self.reward(prompts, completions, log_metric=log_metric, **columns)
+        for value, prompt in zip(rewards, texts_of(prompts), strict=True):
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"the reward was {value} for the prompt {prompt[:80]!r}: the reward model's weights or its input are damaged")
+        if log_metric:
+            log_metric("format_rate", sum(well_formed(text, opened=self.opened) for text in written) / len(written))
+            log_metric("not_scored", sum(value is None for value in rewards) / len(rewards))
+        if self.kept and trainer_state.is_world_process_zero and trainer_state.global_step % self.every == 0:
+            self.keep(trainer_state.global_step, prompts, written, rewards)
+        return rewards
+
+    def keep(self, step: int, prompts, written: list[str], rewards: list[float | None]) -> None:
+        "Add a group to the file."
+        rows = zip(texts_of(prompts)[: self.group], written, rewards)
+        with open(self.kept, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, "prompt": p, "completion": w, "reward": r}) + "\n" for p, w, r in rows)
+
+
+def kept_completions(path: Path, group: int) -> list[dict]:  # step, prompt, completion, reward
+    "Sampled completions of a run; what a killed run wrote twice or half is there once or not at all."
+    by: dict[int, list[dict]] = {}
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []:
+        try:
+            row = json.loads(line)
+            by.setdefault(row["step"], []).append(row)
+        except json.JSONDecodeError:  # where a kill cut it off
+            continue
+    return [row for step in sorted(by) for row in by[step][-group:]]
+
+# %% ../../nbs/training/54_grpo.ipynb #2c5f4089
+IDLE = {
+    "completions/clipped_ratio": "every completion was cut off: raise max_completion_length, or teach the policy to end",
+    "frac_reward_zero_std": "every group had one and the same reward, so nothing can be learnt: look at the kept completions and the reward",
+}
+
+
+class StopWhenIdle(TrainerCallback):
+    "Stop after `patience` updates in a row in which nothing could be learnt."
+
+    def __init__(self, patience: int):
+        self.patience = patience
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for name, said in IDLE.items():
+            rows = [row[name] for row in state.log_history if name in row][-self.patience :] if self.patience else []
+            if self.patience and len(rows) == self.patience and min(rows) >= 1.0:
+                raise RuntimeError(f"stopped at update {state.global_step}: in {self.patience} updates in a row {said}")
+
+# %% ../../nbs/training/54_grpo.ipynb #46d0107c
+def fitting(model, tokenizer, prompts: list[dict], settings: GRPO, thinking: bool) -> list[dict]:  # the rows that are used
+    "Prompts within the limit; what the setting `long_prompts` says happens to the others."
+    window = getattr(model.config, "max_position_embeddings", 0) - settings.max_completion_length
+    limit = settings.max_prompt_length or window
+    if window < limit:
+        raise ValueError(f"max_prompt_length={limit} and max_completion_length={settings.max_completion_length} do not fit the model's window of {model.config.max_position_embeddings} tokens")
+    sizes = [len(tokenizer(render(tokenizer, row["prompt"], thinking), add_special_tokens=False)["input_ids"]) for row in prompts]
+    short = [row for row, size in zip(prompts, sizes, strict=True) if size <= limit]
+    if len(short) < len(prompts) and settings.long_prompts == "error":
+        raise ValueError(f"{len(prompts) - len(short)} of {len(prompts)} prompts are longer than {limit} tokens (the longest has {max(sizes)}): raise grpo.max_prompt_length, or leave them out by grpo.long_prompts=drop")
+    return short
+
+
+def check_prompts(rows: list[dict], settings: GRPO) -> None:
+    "Refuse too few prompts, or blank ones."
+    per_rollout = completions_per_update(settings) * settings.updates_per_rollout // settings.group_size
+    if not rows:
         raise ValueError("no prompts to train on")
-    per_update = settings.batch_size // settings.group_size
-    if len(prompts) < per_update:
-        raise ValueError(f"{len(prompts)} prompts are fewer than one update needs ({per_update}): lower geometry.grpo.batch_size")
-    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": p}]} for p in prompts])
-    config = grpo_config(settings, thinking, seed, out, device)
-    trainer = GRPOTrainer(model=model, reward_funcs=[checked(reward)], args=config, train_dataset=rows, processing_class=tokenizer)
-    return fit(trainer)
+    if blank := sum(not row["prompt"].strip() for row in rows):
+        raise ValueError(f"{blank} of {len(rows)} prompts are empty")
+    if len(rows) < per_rollout:
+        raise ValueError(f"{len(rows)} prompts are fewer than one rollout needs ({per_rollout}): lower grpo.batch_size")
+
+# %% ../../nbs/training/54_grpo.ipynb #7b8ba6bd
+class Order(RepeatSampler):
+    "TRL's order of prompts, for any epoch."
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        "Called by the trainer before each epoch, also by one that was resumed."
+        self.epoch = epoch
+
+    def __iter__(self):
+        if self.shuffle:
+            self.generator.manual_seed(self.seed)
+            for _ in range(self.epoch):
+                torch.randperm(self.num_samples, generator=self.generator)
+        yield from super().__iter__()
+
+
+class Trainer(Guarded, GRPOTrainer):
+    "TRL's, which can be killed."
+
+    def _get_train_sampler(self, dataset=None) -> Order:
+        theirs = super()._get_train_sampler(dataset)
+        return Order(theirs.data_source, theirs.mini_repeat_count, theirs.batch_size, theirs.repeat_count, theirs.shuffle, theirs.seed)
+
+# %% ../../nbs/training/54_grpo.ipynb #16c50096
+def train_grpo(
+    model,  # read from disk: TRL reads the reference policy from the same folder
+    tokenizer,
+    prompts: list[dict],  # "prompt": text, and the columns that the reward wants
+    reward: Reward,
+    settings: GRPO,
+    thinking: bool,
+    seed: int,
+    out: Path,  # for checkpoints and kept completions
+    device: str = "cpu",
+    key: str = "",  # of the run: goes on from its newest checkpoint in `out`
+) -> list[dict]:  # history
+    "Train `model` in place."
+    check_prompts(prompts, settings)
+    rows = fitting(model, tokenizer, prompts, settings, thinking)
+    check_prompts(rows, settings)
+    out.mkdir(parents=True, exist_ok=True)
+    updates = settings.epochs * settings.iterations * len(rows) * settings.group_size // completions_per_update(settings)
+    watched = Watched(reward, opens_thinking(tokenizer, thinking), out / "completions.jsonl" if key else None, max(1, updates // 20), settings.group_size)
+    config = grpo_config(settings, template_options(thinking), seed, out, device, **saving(settings.checkpoint_every, key))
+    data = Dataset.from_list([row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows])
+    trainer = Trainer(model=model, reward_funcs=[watched], args=config, train_dataset=data, processing_class=tokenizer, callbacks=[StopWhenIdle(settings.patience)])
+    return fit(trainer, key)

@@ -11,17 +11,18 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
-from trl import RewardConfig, RewardTrainer
+from trl import RewardTrainer
 
 from ..settings import ModelShape
 from ..settings import RewardModel as RewardSettings
+from .arguments import reward_config
+from .checkpoints import Guarded, fit, saving
 from .judge import ScalarReward
 from .models import scratch_config
-from .sft import common, fit
 from ..types import Prompt, Trace
 
 # %% auto #0
-__all__ = ['faults', 'spoil', 'preference_pairs', 'reward_shape', 'train_reward', 'accuracy']
+__all__ = ['faults', 'spoil', 'preference_pairs', 'reward_shape', 'Trainer', 'train_reward', 'accuracy']
 
 # %% ../../nbs/training/53_reward.ipynb #fe6aed69
 faults = ("other prompt", "flat refusal", "broken off", "loop", "runs on")
@@ -64,15 +65,15 @@ def reward_shape(shape: ModelShape, tokenizer):  # -> PreTrainedModel
     return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
 
 
-def train_reward(model, tokenizer, rows: list[dict], settings: RewardSettings, seed: int, out: Path, device: str = "cpu") -> list[dict]:  # history
-    "Fit the Bradley-Terry likelihood of chosen over rejected, in place."
-    config = RewardConfig(
-        **common(device, seed, out), num_train_epochs=settings.epochs, per_device_train_batch_size=settings.batch_size, learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine", warmup_steps=0.1, weight_decay=0.0, max_grad_norm=1.0, max_length=4096, center_rewards_coefficient=None, disable_dropout=True,
-    )
+class Trainer(Guarded, RewardTrainer):
+    "TRL's, whose checkpoints cost no run."
+
+
+def train_reward(model, tokenizer, rows: list[dict], settings: RewardSettings, seed: int, out: Path, device: str = "cpu", key: str = "") -> list[dict]:  # history
+    "Fit the Bradley-Terry likelihood of chosen over rejected, in place; with a key, from the newest checkpoint in `out`."
+    config = reward_config(settings, seed, out, device, **saving(50, key))
     keep = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows]
-    trainer = RewardTrainer(model=model, args=config, train_dataset=Dataset.from_list(keep), processing_class=tokenizer)
-    return fit(trainer)
+    return fit(Trainer(model=model, args=config, train_dataset=Dataset.from_list(keep), processing_class=tokenizer), key)
 
 # %% ../../nbs/training/53_reward.ipynb #46d55ba5
 def accuracy(judge: ScalarReward, rows: list[dict]) -> dict[str, tuple[int, int]]:  # fault -> right, of
