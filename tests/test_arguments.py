@@ -1,0 +1,94 @@
+"""Every argument of TRL is written out, or left for a reason; a new one, or one with another default, is noticed."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from trl import GRPOConfig, RewardConfig, SFTConfig
+
+from valuecot.settings import load, notes
+from valuecot.training.arguments import CARRIED, EVERYWHERE, LEFT, OURS, QUIET, accumulation, completions_per_update, defaults, grpo_config, reward_config, sft_config, side_by_side
+
+CLASSES = {"sft": SFTConfig, "grpo": GRPOConfig, "reward_model": RewardConfig}
+BATCH = {"per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "bf16", "steps_per_generation"}
+KNOWN = Path(__file__).parent / "trl_defaults.json"
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_nothing_of_trl_moved(kind):
+    "TRL 1.16's names and defaults; on a change: read what it means, decide, and write the file anew."
+    now = {name: value if isinstance(value, (int, float, str, bool, type(None))) else str(value) for name, value in defaults(CLASSES[kind]).items()}
+    before = json.loads(KNOWN.read_text())[kind]
+    assert {k: v for k, v in now.items() if k not in before} == {}, "new arguments"
+    assert {k: v for k, v in before.items() if k not in now} == {}, "arguments that are gone"
+    assert {k: (before[k], now[k]) for k in before if before[k] != now[k]} == {}, "other defaults"
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_every_argument_is_written_out_or_left_for_a_reason(kind):
+    written = set(CARRIED[kind].values()) | EVERYWHERE.keys() | OURS[kind].keys() | QUIET.keys() | BATCH
+    names = {f.name for f in dataclasses.fields(CLASSES[kind])}
+    undecided = {n for n in names - written if not LEFT.fullmatch(n)}
+    assert undecided == set(), "neither passed nor left"
+    assert {n for n in EVERYWHERE.keys() | OURS[kind].keys() | set(CARRIED[kind].values()) if n not in names} == set(), "no such argument"
+
+
+def made(settings, tmp_path):
+    return {"sft": sft_config(settings["geometry.sft"], 0, tmp_path), "grpo": grpo_config(settings["geometry.grpo"], {}, 0, tmp_path), "reward_model": reward_config(settings["geometry.reward_model"], 0, tmp_path)}
+
+
+@pytest.mark.parametrize("profile", ["paper", "tiny"])
+def test_what_settings_say_reaches_trl_and_comes_back(profile, tmp_path):
+    settings = load(profile, "geometry.sft.precision=float32 geometry.grpo.precision=float32")
+    for kind, config in made(settings, tmp_path).items():
+        for key, argument in CARRIED[kind].items():
+            assert getattr(config, argument) == getattr(settings[f"geometry.{kind}"], key), f"{kind}.{key}"
+        for argument, (value, _) in (EVERYWHERE | OURS[kind]).items():
+            got = getattr(config, argument)
+            assert got == value or argument in ("pad_to_multiple_of", "gradient_checkpointing"), f"{kind}: {argument} became {got}"
+
+
+def test_the_printed_values_of_the_geometry_paper(tmp_path):
+    config = made(load("paper", "geometry.sft.precision=float32 geometry.grpo.precision=float32"), tmp_path)
+    sft, grpo = config["sft"], config["grpo"]
+    assert (sft.num_train_epochs, sft.learning_rate, sft.lr_scheduler_type, sft.warmup_steps) == (3, 2e-5, "cosine", 0.1)
+    assert sft.per_device_train_batch_size * sft.gradient_accumulation_steps == 32
+    assert (grpo.num_train_epochs, grpo.learning_rate, grpo.lr_scheduler_type, grpo.warmup_steps, grpo.beta, grpo.num_generations) == (2, 1e-6, "cosine", 0.1, 0.1, 4)
+    assert grpo.per_device_train_batch_size * grpo.gradient_accumulation_steps == 8 and grpo.loss_type == "grpo" and not grpo.use_bias_correction_kl
+
+
+def test_the_batch_can_be_read_both_ways(tmp_path):
+    by = {unit: load("paper", f"geometry.grpo.precision=float32 geometry.grpo.batch_unit={unit}")["geometry.grpo"] for unit in ("completions", "prompts")}
+    assert {unit: completions_per_update(s) for unit, s in by.items()} == {"completions": 8, "prompts": 32}
+    config = grpo_config(by["prompts"], {}, 0, tmp_path)
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 32 and config.generation_batch_size == 32
+    four = grpo_config(dataclasses.replace(by["prompts"], updates_per_rollout=4, checkpoint_every=4), {}, 0, tmp_path)
+    assert four.generation_batch_size == 128 and four.gradient_accumulation_steps == config.gradient_accumulation_steps
+
+
+def test_a_cosine_with_a_floor(tmp_path):
+    settings = dataclasses.replace(load("tiny")["geometry.sft"], min_learning_rate=2e-6)
+    config = sft_config(settings, 0, tmp_path)
+    assert config.lr_scheduler_type == "cosine_with_min_lr" and config.lr_scheduler_kwargs == {"min_lr": 2e-6}
+    with pytest.raises(ValueError, match="goes with schedule = cosine"):
+        sft_config(dataclasses.replace(settings, schedule="linear"), 0, tmp_path)
+
+
+def test_batches_that_do_not_divide_are_refused():
+    assert accumulation(32, 4, "sft", 8) == (4, 1)
+    for batch, micro, processes in ((32, 3, 1), (32, 4, 3), (8, 0, 1)):
+        with pytest.raises(ValueError, match="choose one that divides it"):
+            accumulation(batch, micro, "sft", processes)
+
+
+def test_every_setting_of_training_has_its_source_on_the_page():
+    rows = side_by_side(load("paper", "geometry.sft.precision=float32 geometry.grpo.precision=float32"))
+    said = notes()
+    for kind in ("sft", "grpo"):
+        for key in dataclasses.asdict(load("paper")[f"geometry.{kind}"]):
+            if key not in ("min_learning_rate",):
+                assert said.get(f"geometry.{kind}.{key}"), f"settings.ini says nothing of geometry.{kind}.{key}"
+    assert {"setting", "value", "source", "argument", "passed", "TRL's default"} == rows[0].keys()
+    assert next(r for r in rows if r["setting"] == "geometry.grpo.kl_coef")["source"].startswith("G appendix C")
+    assert all(row["source"] for row in rows)
