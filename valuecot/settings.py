@@ -21,9 +21,9 @@ from .types import Arm
 
 # %% auto #0
 __all__ = ['records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Weights', 'Data', 'Design', 'Traces', 'TeacherModel',
-           'SFT', 'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'ModelShape', 'BaseModel', 'Steerable',
-           'SteerableSFT', 'SteerableGRPO', 'Sampling', 'record_of', 'cast', 'published', 'read_file', 'notes',
-           'optional', 'put', 'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'tell']
+           'SFT', 'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'ModelShape', 'Machine', 'BaseModel',
+           'Steerable', 'SteerableSFT', 'SteerableGRPO', 'Sampling', 'record_of', 'cast', 'published', 'read_file',
+           'notes', 'optional', 'put', 'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'tell']
 
 # %% ../nbs/01_settings.ipynb #8ad55607
 def root(
@@ -253,6 +253,14 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
+class Machine:
+    "[machine]: how many processes train together, and what they share."
+
+    processes: int = 1
+    sharding: Literal["ddp", "fsdp2"] = "ddp"  # every process holds the whole model, or its part of it
+
+
+@dataclass(frozen=True)
 class BaseModel:
     "[base_model]: pretraining of a scratch model on the small world."
 
@@ -326,6 +334,7 @@ records = {
     "geometry.hessian": Hessian,
     "geometry.landscape": Grid,
     "base_model": BaseModel,
+    "machine": Machine,
     "steerable": Steerable,
     "steerable.sft": SteerableSFT,
     "steerable.grpo": SteerableGRPO,

@@ -6,18 +6,20 @@
 __all__ = ['stage', 'sft_rows', 'run_sft']
 
 # %% ../../nbs/stages/20_sft.ipynb #bf47b4e8
+from dataclasses import asdict
+
 from ..data.splits import share
 from ..flow.plan import Stage
 from ..flow.run import finish
 from ..teacher.asked import read_traces
 from ..teacher.styles import STYLES
-from ..training.checkpoints import save_history, training_key, workplace
-from ..training.models import conversation, fix, load_model, parameter_count, save_model
-from ..training.sft import train_sft
+from ..training.checkpoints import save_history, stored_parameters, training_key, workplace
+from ..training.launch import Work, train
+from ..training.models import conversation, fix
 from ..types import Arm, Checkpoint, Prompt, Run, Trace
 
 # %% ../../nbs/stages/20_sft.ipynb #7997c1a6
-stage = Stage("sft", levels=("model", "arm", "seed"), reads=("{study}.sft", "arm.{arm}"), inputs=("prompts", "traces", "base_model"), only="sft", same=("sft", "thinking", "fraction", "answer_weight"))
+stage = Stage("sft", levels=("model", "arm", "seed"), reads=("{study}.sft", "arm.{arm}", "machine"), inputs=("prompts", "traces", "base_model"), only="sft", same=("sft", "thinking", "fraction", "answer_weight"))
 
 # %% ../../nbs/stages/20_sft.ipynb #ccfc5e34
 def sft_rows(prompts: list[Prompt], traces: list[Trace], arm: Arm) -> tuple[list[dict], int]:  # rows, prompts without a trace
@@ -34,11 +36,9 @@ def run_sft(run: Run) -> Checkpoint:
     "Fine-tune the base model on one arm's traces."
     arm, settings, device = run.settings[f"arm.{run.arm}"], run.settings[f"{run.study}.sft"], str(fix(run.seed))
     prompts, traces = read_traces(run.inputs["prompts/all/all/all"], run.inputs["traces/all/all/all"])
-    model, tokenizer = load_model(run.policy, device)
     rows, lacking = sft_rows(prompts, traces, arm)
     with workplace(run) as place:
-        log = train_sft(model, tokenizer, rows, settings, run.seed, place, device, training_key(run), arm.answer_weight)
-        steps = save_history(log, run.out / "history.jsonl")
-        save_model(model, tokenizer, run.out / "model")
-    finish(run, {"rows": len(rows), "prompts without a trace": lacking, "style": arm.sft, "steps": steps}, device, str(model.dtype))
-    return Checkpoint(run.out / "model", "sft", run.model, run.arm, run.seed, parameter_count(model), steps)
+        work = Work("sft", run.policy, run.out / "model", place, rows, asdict(settings), arm.thinking, run.seed, training_key(run), arm.answer_weight, machine=run.settings["machine"])
+        steps = save_history(train(work), run.out / "history.jsonl")
+    finish(run, {"rows": len(rows), "prompts without a trace": lacking, "style": arm.sft, "steps": steps}, device, settings.precision)
+    return Checkpoint(run.out / "model", "sft", run.model, run.arm, run.seed, stored_parameters(run.out / "model"), steps)

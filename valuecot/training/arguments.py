@@ -11,11 +11,11 @@ from pathlib import Path
 
 from trl import GRPOConfig, RewardConfig, SFTConfig
 
-from ..settings import GRPO, SFT, RewardModel, notes
+from ..settings import GRPO, SFT, Machine, RewardModel, notes
 
 # %% auto #0
-__all__ = ['LOOP', 'CARRIED', 'EVERYWHERE', 'OURS', 'LEFT', 'QUIET', 'accumulation', 'shared', 'fixed', 'place', 'sft_config',
-           'completions_per_update', 'grpo_config', 'reward_config', 'defaults', 'side_by_side']
+__all__ = ['LOOP', 'CARRIED', 'EVERYWHERE', 'OURS', 'LEFT', 'QUIET', 'accumulation', 'shared', 'spread', 'fixed', 'place',
+           'sft_config', 'completions_per_update', 'grpo_config', 'reward_config', 'defaults', 'side_by_side']
 
 # %% ../../nbs/training/48_arguments.ipynb #bb3e6561
 LOOP = {"epochs": "num_train_epochs", "learning_rate": "learning_rate", "warmup": "warmup_steps", "weight_decay": "weight_decay", "max_grad_norm": "max_grad_norm", "activation_checkpointing": "activation_checkpointing"}
@@ -93,6 +93,14 @@ def shared(settings: SFT | GRPO, kind: str, seed: int, out: Path, device: str) -
     return QUIET | fixed(kind) | carried | schedule | {"bf16": settings.precision == "bfloat16"} | place(seed, out, device)
 
 
+def spread(machine: Machine, recompute: bool) -> dict[str, object]:
+    "Arguments that share one model among processes; none where each holds it whole."
+    if machine.sharding == "ddp":
+        return {}
+    parts = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True, "state_dict_type": "FULL_STATE_DICT", "activation_checkpointing": recompute}
+    return {"fsdp": True, "fsdp_config": parts, "activation_checkpointing": False}  # FSDP has its own
+
+
 def fixed(kind: str) -> dict[str, object]:
     "Arguments that no setting carries."
     return {name: value for name, (value, _) in (EVERYWHERE | OURS[kind]).items()}
@@ -102,11 +110,12 @@ def place(seed: int, out: Path, device: str) -> dict[str, object]:
     "Where, on what and from which seed."
     return {"output_dir": str(out), "seed": seed, "data_seed": seed, "use_cpu": device == "cpu"}
 
-# %% ../../nbs/training/48_arguments.ipynb #d0f6ad5c
-def sft_config(settings: SFT, seed: int, out: Path, device: str = "cpu", processes: int = 1, **more: object) -> SFTConfig:
-    "TRL's arguments for supervised fine-tuning; `more` overrides, for checkpoints and pretraining."
-    micro, passes = accumulation(settings.batch_size, settings.micro_batch, "sft", processes)
-    return SFTConfig(**shared(settings, "sft", seed, out, device) | {"per_device_train_batch_size": micro, "gradient_accumulation_steps": passes} | more)
+# %% ../../nbs/training/48_arguments.ipynb #a3dbf791
+def sft_config(settings: SFT, seed: int, out: Path, device: str = "cpu", machine: Machine = Machine(), **more: object) -> SFTConfig:
+    "TRL's arguments for supervised fine-tuning; `more` overrides."
+    micro, passes = accumulation(settings.batch_size, settings.micro_batch, "sft", machine.processes)
+    batch = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": passes}
+    return SFTConfig(**shared(settings, "sft", seed, out, device) | batch | spread(machine, settings.activation_checkpointing) | more)
 
 # %% ../../nbs/training/48_arguments.ipynb #52a20cc5
 def completions_per_update(settings: GRPO) -> int:
@@ -114,11 +123,11 @@ def completions_per_update(settings: GRPO) -> int:
     return settings.batch_size * (settings.group_size if settings.batch_unit == "prompts" else 1)
 
 
-def grpo_config(settings: GRPO, options: dict[str, object], seed: int, out: Path, device: str = "cpu", processes: int = 1, **more: object) -> GRPOConfig:
+def grpo_config(settings: GRPO, options: dict[str, object], seed: int, out: Path, device: str = "cpu", machine: Machine = Machine(), **more: object) -> GRPOConfig:
     "TRL's arguments for GRPO; `options`: of the chat template."
-    micro, passes = accumulation(completions_per_update(settings), settings.micro_batch, "grpo", processes)
+    micro, passes = accumulation(completions_per_update(settings), settings.micro_batch, "grpo", machine.processes)
     batch = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": passes, "steps_per_generation": passes * settings.updates_per_rollout}
-    return GRPOConfig(**shared(settings, "grpo", seed, out, device) | batch | {"chat_template_kwargs": options, "use_vllm": settings.rollouts == "vllm", "log_completions": False, "remove_unused_columns": False} | more)
+    return GRPOConfig(**shared(settings, "grpo", seed, out, device) | batch | {"chat_template_kwargs": options, "use_vllm": settings.rollouts == "vllm", "log_completions": False, "remove_unused_columns": False} | spread(machine, settings.activation_checkpointing) | more)
 
 
 def reward_config(settings: RewardModel, seed: int, out: Path, device: str = "cpu", **more: object) -> RewardConfig:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import PrinterCallback, TrainerCallback
 
 from ..store import digest, hash_folder, read_json, write_json, write_text
@@ -22,7 +23,7 @@ from ..types import Run
 
 # %% auto #0
 __all__ = ['SEAL', 'NAMES', 'seal', 'wrong', 'latest', 'training_key', 'workplace', 'Guarded', 'StopOnNaN', 'saving', 'fit',
-           'history_rows', 'save_history']
+           'stored_parameters', 'history_rows', 'save_history']
 
 # %% ../../nbs/training/49_checkpoints.ipynb #26e3ab74
 SEAL = "sealed.json"
@@ -110,6 +111,15 @@ def fit(trainer, key: str = "") -> list[dict]:  # log history
         print(f"going on from {found.name}", file=sys.stderr)
     trainer.train(resume_from_checkpoint=str(found) if found else None)
     return trainer.state.log_history
+
+# %% ../../nbs/training/49_checkpoints.ipynb #6895e82b
+def stored_parameters(folder: Path) -> int:
+    "Numbers in the safetensors files of a checkpoint; tied weights are stored once."
+    total = 0
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+    return total
 
 # %% ../../nbs/training/49_checkpoints.ipynb #721fe4f0
 NAMES = {

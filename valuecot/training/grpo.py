@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from ..settings import GRPO
+from ..settings import GRPO, Machine
 from ..text import parse_answer, well_formed
 from .arguments import completions_per_update, grpo_config
 from .checkpoints import Guarded, fit, saving
@@ -25,7 +25,7 @@ from .models import opens_thinking, render, template_options
 
 # %% auto #0
 __all__ = ['Reward', 'IDLE', 'texts_of', 'judge_reward', 'letter_reward', 'format_reward', 'Watched', 'kept_completions',
-           'StopWhenIdle', 'fitting', 'check_prompts', 'Order', 'Trainer', 'train_grpo']
+           'StopWhenIdle', 'fitting', 'check_prompts', 'Order', 'Trainer', 'grpo_trainer', 'train_grpo']
 
 # %% ../../nbs/training/54_grpo.ipynb #81da675a
 Reward = Callable[..., list[float | None]]
@@ -136,13 +136,13 @@ class StopWhenIdle(TrainerCallback):
             if self.patience and len(rows) == self.patience and min(rows) >= 1.0:
                 raise RuntimeError(f"stopped at update {state.global_step}: in {self.patience} updates in a row {said}")
 
-# %% ../../nbs/training/54_grpo.ipynb #46d0107c
-def fitting(model, tokenizer, prompts: list[dict], settings: GRPO, thinking: bool) -> list[dict]:  # the rows that are used
-    "Prompts within the limit; what the setting `long_prompts` says happens to the others."
-    window = getattr(model.config, "max_position_embeddings", 0) - settings.max_completion_length
-    limit = settings.max_prompt_length or window
-    if window < limit:
-        raise ValueError(f"max_prompt_length={limit} and max_completion_length={settings.max_completion_length} do not fit the model's window of {model.config.max_position_embeddings} tokens")
+# %% ../../nbs/training/54_grpo.ipynb #82f57d27
+def fitting(config, tokenizer, prompts: list[dict], settings: GRPO, thinking: bool) -> list[dict]:  # the rows that are used
+    "Prompts within the limit for a model of `config`; what the setting `long_prompts` says happens to the others."
+    left = config.max_position_embeddings - settings.max_completion_length
+    limit = settings.max_prompt_length or left
+    if left < limit or left < 1:
+        raise ValueError(f"max_prompt_length={settings.max_prompt_length} and max_completion_length={settings.max_completion_length} do not fit the model's window of {config.max_position_embeddings} tokens")
     sizes = [len(tokenizer(render(tokenizer, row["prompt"], thinking), add_special_tokens=False)["input_ids"]) for row in prompts]
     short = [row for row, size in zip(prompts, sizes, strict=True) if size <= limit]
     if len(short) < len(prompts) and settings.long_prompts == "error":
@@ -185,8 +185,8 @@ class Trainer(Guarded, GRPOTrainer):
         theirs = super()._get_train_sampler(dataset)
         return Order(theirs.data_source, theirs.mini_repeat_count, theirs.batch_size, theirs.repeat_count, theirs.shuffle, theirs.seed)
 
-# %% ../../nbs/training/54_grpo.ipynb #16c50096
-def train_grpo(
+# %% ../../nbs/training/54_grpo.ipynb #baf11601
+def grpo_trainer(
     model,  # read from disk: TRL reads the reference policy from the same folder
     tokenizer,
     prompts: list[dict],  # "prompt": text, and the columns that the reward wants
@@ -196,16 +196,21 @@ def train_grpo(
     seed: int,
     out: Path,  # for checkpoints and kept completions
     device: str = "cpu",
-    key: str = "",  # of the run: goes on from its newest checkpoint in `out`
-) -> list[dict]:  # history
-    "Train `model` in place."
+    key: str = "",  # whose checkpoints; "" writes none
+    machine: Machine = Machine(),
+) -> Trainer:
+    "A trainer of `model`, ready to run."
     check_prompts(prompts, settings)
-    rows = fitting(model, tokenizer, prompts, settings, thinking)
+    rows = fitting(model.config, tokenizer, prompts, settings, thinking)
     check_prompts(rows, settings)
     out.mkdir(parents=True, exist_ok=True)
     updates = settings.epochs * settings.iterations * len(rows) * settings.group_size // completions_per_update(settings)
     watched = Watched(reward, opens_thinking(tokenizer, thinking), out / "completions.jsonl" if key else None, max(1, updates // 20), settings.group_size)
-    config = grpo_config(settings, template_options(thinking), seed, out, device, **saving(settings.checkpoint_every, key))
+    config = grpo_config(settings, template_options(thinking), seed, out, device, machine, **saving(settings.checkpoint_every, key))
     data = Dataset.from_list([row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows])
-    trainer = Trainer(model=model, reward_funcs=[watched], args=config, train_dataset=data, processing_class=tokenizer, callbacks=[StopWhenIdle(settings.patience)])
-    return fit(trainer, key)
+    return Trainer(model=model, reward_funcs=[watched], args=config, train_dataset=data, processing_class=tokenizer, callbacks=[StopWhenIdle(settings.patience)])
+
+
+def train_grpo(model, tokenizer, prompts: list[dict], reward: Reward, settings: GRPO, thinking: bool, seed: int, out: Path, device: str = "cpu", key: str = "", **more: object) -> list[dict]:  # history
+    "Train `model` in place; with a key, from its newest checkpoint in `out`."
+    return fit(grpo_trainer(model, tokenizer, prompts, reward, settings, thinking, seed, out, device, key, **more), key)

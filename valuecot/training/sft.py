@@ -11,12 +11,12 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from ..settings import SFT, BaseModel
+from ..settings import SFT, BaseModel, Machine
 from .arguments import EVERYWHERE, OURS, QUIET, place, sft_config
 from .checkpoints import Guarded, fit, saving
 
 # %% auto #0
-__all__ = ['check_rows', 'response_mask', 'Trainer', 'shifted', 'train_sft', 'pretrain']
+__all__ = ['check_rows', 'response_mask', 'Trainer', 'shifted', 'sft_trainer', 'train_sft', 'pretrain']
 
 # %% ../../nbs/training/51_sft.ipynb #ef40a1a3
 def check_rows(rows: list[dict], tokenizer, longest: int) -> list[int]:  # tokens per row
@@ -56,28 +56,45 @@ class Trainer(Guarded, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.answer_weight == 1.0:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        mask = response_mask(inputs["labels"], self.processing_class)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        logs = outputs.log_probs  # of the labels, each at the place that predicts it
-        weights = torch.ones_like(logs) + (self.answer_weight - 1.0) * shifted(mask, logs.shape[1])
-        weighted = -(weights * logs).sum() * (loss.detach() / -logs.sum().detach())  # the same normaliser: the number of trained tokens
-        return (weighted, outputs) if return_outputs else weighted
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)  # as TRL's own loss does
+        weights = 1.0 + (self.answer_weight - 1.0) * shifted(response_mask(inputs["labels"], self.processing_class), outputs.log_probs.shape[1])
+        tokens = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch  # the normaliser stays the number of trained tokens
+        loss = -(weights * outputs.log_probs).sum() / tokens
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # whose gradients are averaged
+        return (loss, outputs) if return_outputs else loss
 
 
 def shifted(mask: torch.Tensor, length: int) -> torch.Tensor:  # (B, length)
     "`mask` as the losses are laid out: with a place for every token, or without the first."
     return torch.nn.functional.pad(mask[:, 1:], (0, length - mask.shape[1] + 1)).float()
 
-# %% ../../nbs/training/51_sft.ipynb #8ebfaf11
-def train_sft(model, tokenizer, rows: list[dict], settings: SFT, seed: int, out: Path, device: str = "cpu", key: str = "", answer_weight: float = 1.0) -> list[dict]:  # history
-    "Fine-tune `model` in place on prompt/completion rows; with a key, from the newest checkpoint in `out`."
+# %% ../../nbs/training/51_sft.ipynb #135033b7
+def sft_trainer(
+    model,
+    tokenizer,
+    rows: list[dict],  # prompt, completion, chat_template_kwargs
+    settings: SFT,
+    seed: int,
+    out: Path,  # for checkpoints
+    device: str = "cpu",
+    key: str = "",  # whose checkpoints; "" writes none
+    answer_weight: float = 1.0,
+    machine: Machine = Machine(),
+) -> Trainer:
+    "A trainer of `model`, ready to run."
     check_rows(rows, tokenizer, settings.max_length)
-    config = sft_config(settings, seed, out, device, **saving(settings.checkpoint_every, key))
+    config = sft_config(settings, seed, out, device, machine, **saving(settings.checkpoint_every, key))
     trainer = Trainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     if len(trainer.train_dataset) != len(rows):
         raise RuntimeError(f"TRL kept {len(trainer.train_dataset)} of {len(rows)} rows")
     trainer.answer_weight = answer_weight
-    return fit(trainer, key)
+    return trainer
+
+
+def train_sft(model, tokenizer, rows: list[dict], settings: SFT, seed: int, out: Path, device: str = "cpu", key: str = "", **more: object) -> list[dict]:  # history
+    "Fine-tune `model` in place; with a key, from its newest checkpoint in `out`."
+    return fit(sft_trainer(model, tokenizer, rows, settings, seed, out, device, key, **more), key)
 
 # %% ../../nbs/training/51_sft.ipynb #0fd963f1
 def pretrain(model, tokenizer, texts: list[str], settings: BaseModel, seed: int, out: Path, device: str = "cpu", key: str = "") -> list[dict]:  # history
