@@ -146,6 +146,11 @@ class RewardModel:
     epochs: int
     batch_size: int
     learning_rate: float
+    revision: str = ""  # commit, tag or branch of the hub; "": the commit that was downloaded first
+
+    def __post_init__(self):
+        if self.source == "scratch" and self.revision:
+            raise ValueError(f"reward_model.source = scratch has no revision: leave revision = {self.revision!r} empty")
 
 
 @dataclass(frozen=True)
@@ -235,7 +240,7 @@ class ModelShape:
     "[model.<name>]: a policy, by source or by shape."
 
     source: Weights
-    architecture: Literal["llama", "qwen3_5"]
+    architecture: Literal["llama", "qwen2", "qwen3_5"]
     hidden: int
     layers: int
     heads: int
@@ -245,6 +250,13 @@ class ModelShape:
     head_dim: int = 0  # 0: hidden / heads
     linear_heads: int = 0  # of linear attention; 0: as many as heads
     linear_head_dim: int = 0  # 0: as head_dim
+    tied: bool = True  # one matrix for the embedding and the output
+    template: Literal["", "plain"] = ""  # "": the tokenizer's own chat template
+    revision: str = ""  # commit, tag or branch of the hub; "": the commit that was downloaded first
+
+    def __post_init__(self):
+        if self.source == "scratch" and (self.template or self.revision):
+            raise ValueError(f"a model with source = scratch writes its own chat template and has no revision: leave template = {self.template!r} and revision = {self.revision!r} empty")
 
     @property
     def dims(self) -> tuple[int, int, int]:  # head_dim, linear_heads, linear_head_dim

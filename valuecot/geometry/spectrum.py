@@ -48,14 +48,15 @@ def run_spectrum(run: Run) -> list[dict]:  # rows of the table
     arm, settings, device = run.settings[f"arm.{run.arm}"], run.settings["geometry.hessian"], str(fix(run.seed))
     prompts, traces = read_traces(run.inputs["prompts/all/all/all"], run.inputs["traces/all/all/all"])
     model, tokenizer = load_model(run.policy, device)
-    rows, tokens = [], {}
+    rows, tokens, sizes = [], {}, []
     for subset in sorted({p.subset for p in prompts} - {-1}):
         examples = targets(tokenizer, prompts, traces, arm, subset)
         tokens[str(subset)] = sum(int((e["labels"][1:] != -100).sum()) for e in examples)
+        sizes.append(len(examples))
         ours, found = measure_subset(model, examples, settings, subset)
         found = [r | {"scored_tokens": tokens[str(subset)]} for r in found]
         save_tensors(run.out / f"subset{subset}.safetensors", ours)
         rows += found
     write_json(run.out / "spectrum.json", rows)
-    finish(run, {"subsets": len(tokens), "prompts_per_subset": len(examples), "scored_tokens": tokens, "target": arm.target, "part": arm.part}, device, str(model.dtype))
+    finish(run, {"subsets": len(tokens), "prompts_per_subset": sizes, "scored_tokens": tokens, "target": arm.target, "part": arm.part}, device, str(model.dtype))
     return rows

@@ -9,13 +9,14 @@ import math
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from ..text import split_reasoning
 from .models import template_options
+from .weights import check_folder, read_model, read_tokenizer
 
 # %% auto #0
-__all__ = ['visible', 'check_rewards', 'ScalarReward']
+__all__ = ['visible', 'check_rewards', 'check_judge', 'read_judge', 'ScalarReward']
 
 # %% ../../nbs/training/52_judge.ipynb #db141fe1
 def visible(completion: str, opened: bool) -> str:  # what a user would see
@@ -30,15 +31,35 @@ def check_rewards(rewards: list[float], prompts: list[str]) -> list[float]:
             raise ValueError(f"the reward model gave {reward} for the prompt {prompt[:80]!r}: its weights or its input are damaged")
     return rewards
 
+# %% ../../nbs/training/52_judge.ipynb #71c2b9af
+def check_judge(folder: Path) -> None:
+    "Refuse a checkpoint that is no classifier with one label."
+    kinds = check_folder(folder).get("architectures") or ["no class"]
+    if not kinds[0].endswith("ForSequenceClassification"):
+        raise ValueError(f"{folder} holds {kinds[0]}, which has no head that scores: name a sequence classifier with one label")
+    if (labels := AutoConfig.from_pretrained(folder, trust_remote_code=False).num_labels) != 1:
+        raise ValueError(f"{folder} has {labels} labels: a reward is one number, so name a sequence classifier with one label")
+
+
+def read_judge(folder: Path | str):  # -> PreTrainedModel, tokenizer
+    "Judge and tokenizer from a folder."
+    folder = Path(folder)
+    check_judge(folder)
+    model = read_model(AutoModelForSequenceClassification, folder)
+    tokenizer = read_tokenizer(folder, model)
+    for what, there in {"pad token": tokenizer.pad_token, "chat template": tokenizer.chat_template}.items():
+        if there is None:
+            raise ValueError(f"{folder}: the judge's tokenizer has no {what}, so a batch could not be scored as its author meant: name another judge, or save its tokenizer with one")
+    model.config.pad_token_id = tokenizer.pad_token_id  # the head reads the last token before the padding
+    return model, tokenizer
+
 # %% ../../nbs/training/52_judge.ipynb #4331c0d3
 class ScalarReward:
     "Rewards from a sequence classifier with one label."
 
     def __init__(self, path: Path | str, device: torch.device | str = "cpu", batch_size: int = 32):
-        self.model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32, trust_remote_code=False, use_safetensors=True).to(device).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        self.batch_size = batch_size
+        model, self.tokenizer = read_judge(path)
+        self.model, self.batch_size = model.to(device).eval(), batch_size
 
     @torch.inference_mode()
     def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:

@@ -14,16 +14,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ..settings import ModelShape
-from ..text import completion_text
+from ..teacher.styles import style
+from ..text import completion_text, well_formed
+from .weights import check_folder, read_model, read_tokenizer
 from ..types import Arm, Prompt, Trace
 
 # %% auto #0
-__all__ = ['pattern', 'marks', 'hold_memory', 'fix', 'chat_template', 'train_tokenizer', 'render', 'opens_thinking',
-           'template_options', 'conversation', 'encode', 'targets', 'shape_config', 'scratch_config', 'scratch_model',
-           'parameter_count', 'save_model', 'load_model']
+__all__ = ['pattern', 'marks', 'plain', 'hold_memory', 'fix', 'chat_template', 'train_tokenizer', 'render', 'opens_thinking',
+           'template_options', 'conversation', 'encode', 'end_of_turn', 'choose_template', 'check_format', 'targets',
+           'shape_config', 'scratch_config', 'scratch_model', 'parameter_count', 'save_model', 'load_model']
 
 # %% ../../nbs/training/50_models.ipynb #df8a787c
 def hold_memory() -> None:
@@ -115,18 +117,56 @@ def encode(
     close = whole.find("</think>", len(before))
     border = len(before) if close < 0 else close + len("</think>")  # a token belongs where it begins
     read = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)  # the template wrote BOS
-    ids, start = read["input_ids"], len(tokenizer(before, add_special_tokens=False)["input_ids"])
+    ids, asked = read["input_ids"], tokenizer(before, add_special_tokens=False)["input_ids"]
+    if ids[: (start := len(asked))] != asked:
+        raise ValueError(f"prompt {prompt.id}: a token reaches across the end of the prompt {before[-40:]!r}, so training would see other tokens than generation: the chat template has to end its prompt where a token ends")
     middle = next((i for i, (at, _) in enumerate(read["offset_mapping"]) if i >= start and at >= border), len(ids))
     first, last = {"completion": (start, None), "reasoning": (start, middle), "response": (middle, None), "prompt": (0, start), "text": (0, None)}[part]
     labels = torch.full((len(ids),), -100)
     labels[first:last] = torch.tensor(ids)[first:last]
     return {"input_ids": torch.tensor(ids), "labels": labels}
 
+# %% ../../nbs/training/50_models.ipynb #102c8f02
+plain = (
+    "{{ bos_token | default('') }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] | trim }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% if m['role'] != 'assistant' or not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% if enable_thinking | default(false) %}{{ ' <think>\n' }}{% endif %}{% endif %}"
+)
+
+
+def end_of_turn(tokenizer) -> str:
+    "Special token that the template writes after a response."
+    chat = [{"role": "user", "content": "May I?"}, {"role": "assistant", "content": "Ask her first."}]
+    after = tokenizer.apply_chat_template(chat, tokenize=False, **template_options(False)).rpartition("Ask her first.")[2]
+    first = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+    if not first or first[0] not in tokenizer.all_special_ids and not tokenizer.added_tokens_decoder.get(first[0], AddedToken("")).special:
+        raise ValueError(f"the chat template ends a turn with {after!r}, which is no special token: generation would not know where to stop")
+    return tokenizer.convert_ids_to_tokens(first[0])
+
+
+def choose_template(tokenizer, template: str, source: str) -> None:
+    "Give `tokenizer` the format that a setting asks for, in place; what ends a turn there ends generation."
+    if template == "plain":
+        tokenizer.chat_template = plain
+    if not tokenizer.chat_template:
+        raise ValueError(f"{source} brings no chat template: set template = plain in its section of settings.ini, or take its instruct variant")
+    tokenizer.eos_token = end_of_turn(tokenizer)
+
+# %% ../../nbs/training/50_models.ipynb #76aa74e5
+def check_format(tokenizer, prompt: Prompt, trace: Trace) -> None:
+    "Refuse a tokenizer that loses the think tags, and a template whose prompt does not begin its text."
+    text = completion_text(trace.reasoning, trace.response)
+    back = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"], skip_special_tokens=True)
+    if not well_formed(back, opened=False):
+        raise ValueError(f"the tokenizer loses the think tags: {text[:60]!r} comes back as {back[:60]!r}, so rewards and measures would see no reasoning; add <think> and </think> as tokens that are not special")
+    for thinking in (True, False):
+        encode(tokenizer, prompt, trace, thinking)
+
 # %% ../../nbs/training/50_models.ipynb #7c99b2dc
 def targets(tokenizer, prompts: list[Prompt], traces: list[Trace], arm: Arm, subset: int) -> list[dict[str, torch.Tensor]]:
-    "Examples of evaluation subset `subset` for `arm`, in the order of prompt ids."
-    chosen = sorted((p for p in prompts if p.subset == subset), key=lambda p: p.id)
+    "Examples of evaluation subset `subset` for `arm`, in the order of prompt ids; prompts that a control's rule does not fit are left out."
     written = {t.prompt_id: t for t in traces if t.style == arm.target}
+    chosen = sorted((p for p in prompts if p.subset == subset and (p.id in written or not style(arm.target).of)), key=lambda p: p.id)
     if not chosen or any(p.id not in written for p in chosen):
         raise ValueError(f"subset {subset} has {len(chosen)} prompts, of which {sum(p.id in written for p in chosen)} have a {arm.target} trace")
     return [encode(tokenizer, p, written[p.id], arm.thinking, arm.part) for p in chosen]
@@ -134,15 +174,17 @@ def targets(tokenizer, prompts: list[Prompt], traces: list[Trace], arm: Arm, sub
 # %% ../../nbs/training/50_models.ipynb #79222c2f
 def shape_config(shape: ModelShape, **tokens: int):  # -> PreTrainedConfig
     "Configuration of a model of `shape`; `tokens`: vocab_size and special tokens."
-    from transformers import LlamaConfig, Qwen3_5TextConfig
+    from transformers import LlamaConfig, Qwen2Config, Qwen3_5TextConfig
 
     head_dim, linear_heads, linear_dim = shape.dims
     common = dict(
         hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        intermediate_size=shape.intermediate, head_dim=head_dim, max_position_embeddings=4096, tie_word_embeddings=True, dtype="float32", **tokens,
+        intermediate_size=shape.intermediate, head_dim=head_dim, max_position_embeddings=4096, tie_word_embeddings=shape.tied, dtype="float32", **tokens,
     )
     if shape.architecture == "llama":
         return LlamaConfig(**common)
+    if shape.architecture == "qwen2":
+        return Qwen2Config(**common)
     kinds = ["full_attention" if (i + 1) % min(4, shape.layers) == 0 else "linear_attention" for i in range(shape.layers)]
     heads = dict(linear_num_key_heads=linear_heads, linear_num_value_heads=linear_heads, linear_key_head_dim=linear_dim, linear_value_head_dim=linear_dim)
     return Qwen3_5TextConfig(**common, **heads, layer_types=kinds)
@@ -175,11 +217,11 @@ def save_model(model, tokenizer, folder: Path) -> Path:
 
 def load_model(folder: Path | str, device: torch.device | str = "cpu"):  # -> model, tokenizer
     "Text-only model in float32 and its tokenizer; never runs a checkpoint's own code."
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except OSError as error:
-        raise OSError(f"cannot load {str(folder)!r}: {str(error).splitlines()[0]} If it is gated, accept its licence and log in with `hf auth login`; offline, name a local folder or source = scratch") from None
+    kind = (check_folder(folder).get("architectures") or [""])[0]
+    if kind.endswith("ForSequenceClassification"):
+        raise ValueError(f"{folder} holds {kind}, a judge and no language model: name a checkpoint that writes text")
+    model = read_model(AutoModelForCausalLM, Path(folder))
+    tokenizer = read_tokenizer(Path(folder), model)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -15,6 +15,7 @@ from trl import RewardTrainer
 
 from ..settings import ModelShape
 from ..settings import RewardModel as RewardSettings
+from ..stats import wilson
 from .arguments import reward_config
 from .checkpoints import Guarded, fit, saving
 from .judge import ScalarReward
@@ -22,7 +23,8 @@ from .models import scratch_config
 from ..types import Prompt, Trace
 
 # %% auto #0
-__all__ = ['faults', 'spoil', 'preference_pairs', 'reward_shape', 'Trainer', 'train_reward', 'accuracy']
+__all__ = ['faults', 'spoil', 'preference_pairs', 'reward_shape', 'Trainer', 'train_reward', 'rewarded', 'right_of', 'by_fault',
+           'words', 'length_bias']
 
 # %% ../../nbs/training/53_reward.ipynb #fe6aed69
 faults = ("other prompt", "flat refusal", "broken off", "loop", "runs on")
@@ -76,9 +78,39 @@ def train_reward(model, tokenizer, rows: list[dict], settings: RewardSettings, s
     return fit(Trainer(model=model, args=config, train_dataset=Dataset.from_list(keep), processing_class=tokenizer), key)
 
 # %% ../../nbs/training/53_reward.ipynb #46d55ba5
-def accuracy(judge: ScalarReward, rows: list[dict]) -> dict[str, tuple[int, int]]:  # fault -> right, of
-    "How often the judge prefers the chosen response, by kind of fault."
+def rewarded(judge: ScalarReward, rows: list[dict]) -> list[dict]:  # the rows, with `good` and `bad`
+    "Rewards of the chosen and of the rejected response of every row."
     prompts = [r["prompt"][0]["content"] for r in rows]
     good, bad = (judge(prompts, [r[side][0]["content"] for r in rows]) for side in ("chosen", "rejected"))
-    right = {fault: [g > b for g, b, r in zip(good, bad, rows, strict=True) if r["fault"] == fault] for fault in faults}
-    return {fault: (sum(hits), len(hits)) for fault, hits in right.items() if hits}
+    return [{**row, "good": g, "bad": b} for row, g, b in zip(rows, good, bad, strict=True)]
+
+
+def right_of(rows: list[dict]) -> dict[str, object]:  # accuracy with its 95 % Wilson interval
+    "How often the chosen response got more; a tie is wrong."
+    right = sum(row["good"] > row["bad"] for row in rows)
+    return {"accuracy": right / len(rows), "ci95": wilson(right, len(rows)), "n": len(rows)} if rows else {"accuracy": None, "ci95": None, "n": 0}
+
+
+def by_fault(rows: list[dict]) -> dict[str, dict]:
+    "Accuracy for each kind of fault."
+    return {fault: right_of(chosen) for fault in faults if (chosen := [row for row in rows if row["fault"] == fault])}
+
+# %% ../../nbs/training/53_reward.ipynb #fbcf6c18
+def words(message: list[dict[str, str]]) -> int:
+    "Words of a response."
+    return len(message[0]["content"].split())
+
+
+def length_bias(rows: list[dict]) -> dict[str, object]:
+    "Rank correlation of reward and words over the chosen responses, and the accuracy by which of two is longer."
+    from scipy.stats import spearmanr
+
+    single = {(row["prompt"][0]["content"], row["chosen"][0]["content"]): (words(row["chosen"]), row["good"]) for row in rows}
+    lengths, rewards = zip(*single.values(), strict=True)
+    varied = min(len(set(lengths)), len(set(rewards))) > 1  # a rank correlation with a constant is none
+    found = spearmanr(lengths, rewards) if varied and len(single) > 2 else None
+    longer = {name: [r for r in rows if sign * (words(r["rejected"]) - words(r["chosen"])) > 0] for name, sign in (("worse_longer", 1), ("worse_shorter", -1))}
+    return {
+        "spearman": float(found.statistic) if found else None, "p": float(found.pvalue) if found else None, "responses": len(single),
+        **{name: right_of(chosen) for name, chosen in longer.items()},
+    }
