@@ -17,6 +17,7 @@ import torch
 from ..flow.study import die_with_parent
 from ..settings import GRPO, SFT, Machine
 from ..store import read_json, write_json
+from .arguments import accumulation, completions_per_update
 from .checkpoints import fit
 from .grpo import Reward, format_reward, grpo_trainer, judge_reward, letter_reward
 from .judge import ScalarReward
@@ -99,6 +100,8 @@ def train(work: Work) -> list[dict]:  # history
     "A training, in this process or by torchrun in several."
     if work.machine.processes == 1:
         return do(work)
+    settings = SFT(**work.settings) if work.kind == "sft" else GRPO(**work.settings)
+    accumulation(settings.batch_size if work.kind == "sft" else completions_per_update(settings), settings.micro_batch, work.kind, work.machine.processes)
     work.place.mkdir(parents=True, exist_ok=True)
     spec, log = work.place / "work.json", work.place / "torchrun.log"
     for old in work.place.glob("error-*.json"):
