@@ -158,6 +158,14 @@ rule range:
     shell: CALL
 
 
+rule arms:
+    input: needs("arms")
+    output: made("arms")
+    params: job=path_of("arms")
+    log: log_of("arms")
+    shell: CALL
+
+
 rule landscape:
     input: needs("landscape")
     output: made("landscape")

@@ -54,9 +54,10 @@ STAGES = {  # in the order of the data flow; a stage that is not here comes last
     "matrix": "Arm by target matrix",
     "range": "Landscape range",
     "landscape": "Landscape",
+    "arms": "The arms",
     "report": "Report",
 }
-SINGLE = ("report", "audit")  # stages that are read more than run: no list leads to their one page, which shows results first and hands out its tables
+SINGLE = ("report", "audit", "arms")  # stages that are read more than run: no list leads to their one page, which shows results first and hands out its tables
 
 
 

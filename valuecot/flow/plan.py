@@ -27,7 +27,7 @@ class Stage:
 
     name: str
     levels: tuple[str, ...] = ()  # of "model", "arm", "seed": one run for each combination
-    reads: tuple[str, ...] = ()  # settings sections; {model}, {arm}, {study} are filled in, {arms}, {teachers} give one for each
+    reads: tuple[str, ...] = ()  # settings sections; {model}, {arm}, {study} are filled in, {arms} of the design, {registry} of all arms, {teachers} give one for each
     inputs: tuple[str, ...] = ()  # stages needed first; "sft|base_model" takes the first that this arm has
     only: str = ""  # field of Arm: arms where it is empty skip the stage
     same: tuple[str, ...] = ()  # fields of Arm: arms that agree in all of them share one run, under the name of the first in settings.ini
@@ -153,7 +153,8 @@ class Plan:
 
     def reads(self, job: Job) -> Settings:
         "The settings that `job` declared."
-        many = {"{arms}": self.settings["geometry.design"].arms, "{teachers}": self.settings["geometry.traces"].teachers}
+        registry = [name.split(".", 1)[1] for name in self.settings.sections if name.startswith("arm.")]
+        many = {"{arms}": self.settings["geometry.design"].arms, "{registry}": registry, "{teachers}": self.settings["geometry.traces"].teachers}
         patterns = []
         for name in self.stages[job.stage].reads:
             each = next((key for key in many if key in name), None)

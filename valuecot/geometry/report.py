@@ -6,26 +6,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pandas as pd
 
 from ..flow.plan import Stage
 from ..flow.run import finish
-from ..stats import binned, mean_se
-from ..store import load_tensors, read_json, read_records, write_text
+from ..stats import mean_se
+from ..store import load_tensors, read_json, read_records
 from ..teacher.asked import read_traces
 from ..teacher.styles import ASKED
 from ..types import Landscape, Prompt, Rollout, Run, Trace
 from ..view.curves import training_curves
+from ..view.gather import collect, curves, write_table
 from ..view.landscapes import contours, surfaces
 from ..view.tables import Html, to_html, with_se
 from ..view.theme import Figure
 
 # %% auto #0
-__all__ = ['stage', 'titles', 'collect', 'write_table', 'sources', 'spread', 'eigenvalue_table', 'paired', 'shown', 'evidence',
-           'landscape_figure', 'landscape_figures', 'history', 'curves', 'teacher_table', 'sample_table', 'table_3',
-           'table_4', 'text_rows', 'run_report']
+__all__ = ['stage', 'titles', 'sources', 'spread', 'eigenvalue_table', 'paired', 'shown', 'evidence', 'landscape_figure',
+           'landscape_figures', 'teacher_table', 'sample_table', 'table_3', 'table_4', 'text_rows', 'run_report']
 
 # %% ../../nbs/geometry/90_report.ipynb #b5f2d284
 stage = Stage(
@@ -34,22 +33,6 @@ stage = Stage(
     inputs=("prompts", "traces", "base_model", "reward_model", "sft", "grpo", "samples", "spectrum", "range", "landscape"),
     report=True,
 )
-
-# %% ../../nbs/geometry/90_report.ipynb #fca48661
-def collect(run: Run, stage: str, read: Callable[[Path], list[dict]]) -> pd.DataFrame:
-    "Rows that `read` gives for each run of `stage`, with model, arm and seed before them."
-    rows = []
-    for name, folder in run.inputs.items():
-        kind, model, arm, seed = name.split("/")
-        if kind == stage:
-            rows += [{"model": model, "arm": arm, "seed": seed.removeprefix("seed"), **row} for row in read(folder)]
-    return pd.DataFrame(rows)
-
-
-def write_table(run: Run, name: str, table: pd.DataFrame) -> pd.DataFrame:
-    "Save a table as CSV, numbers to six digits."
-    write_text(run.out / f"{name}.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-    return table
 
 # %% ../../nbs/geometry/90_report.ipynb #b476fd5e
 def sources(run: Run, *stages: str) -> Html:
@@ -153,22 +136,6 @@ def landscape_figures(run: Run) -> dict[str, Figure]:
     return found
 
 # %% ../../nbs/geometry/90_report.ipynb #29ad12a5
-def history(folder: Path) -> list[dict]:
-    "Rows of a training run's history."
-    file = folder / "history.jsonl"
-    return pd.read_json(file, lines=True).to_dict("records") if file.exists() else []
-
-
-def curves(run: Run, stage: str, metrics: tuple[str, ...]) -> pd.DataFrame:  # model, arm, seed, stage, step, metric, value, low, high, n
-    "Binned curves of one training stage."
-    rows, found = collect(run, stage, history), []
-    for (model, arm, seed, metric), part in rows[rows.metric.isin(metrics)].groupby(["model", "arm", "seed", "metric"], sort=False):
-        part = part.sort_values("step")
-        for b in binned(part.step.tolist(), part.value.tolist()):
-            found.append({"model": model, "arm": arm, "seed": seed, "stage": stage, "step": b.step, "metric": metric, "value": b.mean, "low": b.low, "high": b.high, "updates": b.n})
-    return pd.DataFrame(found)
-
-
 def teacher_table(run: Run) -> pd.DataFrame:
     "The same samples by the teacher of their prompt: an arm's effect should not be one teacher's."
     _, traces = read_traces(run.inputs["prompts/all/all/all"], run.inputs["traces/all/all/all"])

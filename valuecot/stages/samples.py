@@ -9,35 +9,40 @@ __all__ = ['stage', 'summary', 'run_samples']
 from ..flow.plan import Stage
 from ..flow.run import finish
 from ..stats import mean_se, wilson
-from ..store import read_records, write_json, write_records
-from ..training.models import fix, load_model
+from ..store import write_json, write_records
+from ..teacher.asked import read_traces
 from ..training.judge import ScalarReward
-from ..training.sampling import rollouts
-from ..types import Prompt, Rollout, Run
+from ..training.models import encode, fix, load_model
+from ..training.sampling import losses, rollouts
+from ..types import Rollout, Run
 
 # %% ../../nbs/stages/45_samples.ipynb #3a502338
-stage = Stage("samples", levels=("model", "arm", "seed"), reads=("{study}.samples", "{study}.grpo", "arm.{arm}"), inputs=("prompts", "reward_model", "grpo|sft|base_model"))
+stage = Stage("samples", levels=("model", "arm", "seed"), reads=("{study}.samples", "{study}.grpo", "arm.{arm}"), inputs=("prompts", "traces", "reward_model", "grpo|sft|base_model"))
 
 # %% ../../nbs/stages/45_samples.ipynb #cf51e1a8
-def summary(found: list[Rollout], thinking: bool) -> dict[str, object]:
-    "Rates with 95 % Wilson intervals, reward with its standard error over prompts; an arm that is not asked to think has no format rate."
+def summary(found: list[Rollout], thinking: bool, loss: list[float]) -> dict[str, object]:
+    "Rates with 95 % Wilson intervals, reward and loss with their standard errors over prompts; an arm that is not asked to think has no format rate."
     good, cut = sum(r.well_formed for r in found), sum(r.truncated for r in found)
     reward = mean_se([r.reward for r in found], "prompts")
     return {
         "prompts": len(found), "well_formed": good / len(found) if thinking else None, "well_formed_interval": wilson(good, len(found)) if thinking else (None, None), "truncated": cut / len(found),
         "reward": reward.mean, "reward_se": reward.se, "tokens": mean_se([r.tokens for r in found], "prompts").mean,
+        "loss": mean_se(loss, "prompts").mean, "loss_se": mean_se(loss, "prompts").se, "loss_prompts": len(loss),
     }
 
 
 def run_samples(run: Run) -> list[Rollout]:
     "Sample and score completions on held-out prompts."
     arm, settings, device = run.settings[f"arm.{run.arm}"], run.settings[f"{run.study}.samples"], str(fix(run.seed))
-    prompts = [p for p in read_records(run.inputs["prompts/all/all/all"] / "prompts.jsonl", Prompt) if p.split == "heldout"]
-    prompts = sorted(prompts, key=lambda p: p.id)[: settings.prompts]
+    asked, traces = read_traces(run.inputs["prompts/all/all/all"], run.inputs["traces/all/all/all"])
+    prompts = sorted((p for p in asked if p.split == "heldout"), key=lambda p: p.id)[: settings.prompts]
     model, tokenizer = load_model(run.policy, device)
     judge = ScalarReward(run.inputs["reward_model/all/all/all"] / "model", device)
     found = rollouts(model, tokenizer, prompts, arm.thinking, judge, run.settings[f"{run.study}.grpo"].max_completion_length, settings.temperature, settings.batch_size, run.seed)
+    written = {t.prompt_id: t for t in traces if t.style == arm.target}
+    loss = losses(model, [encode(tokenizer, p, written[p.id], arm.thinking, arm.part) for p in prompts if p.id in written])
+    told = summary(found, arm.thinking, loss)
     write_records(run.out / "rollouts.jsonl", found)
-    write_json(run.out / "summary.json", summary(found, arm.thinking))
-    finish(run, summary(found, arm.thinking), device, str(model.dtype))
+    write_json(run.out / "summary.json", told)
+    finish(run, told | {"loss of": f"{arm.part} of {arm.target} traces"}, device, str(model.dtype))
     return found

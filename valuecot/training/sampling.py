@@ -13,7 +13,7 @@ from .models import opens_thinking, render
 from ..types import Prompt, Rollout
 
 # %% auto #0
-__all__ = ['complete', 'rollouts']
+__all__ = ['complete', 'rollouts', 'losses']
 
 # %% ../../nbs/training/55_sampling.ipynb #854161e0
 @torch.inference_mode()
@@ -45,3 +45,14 @@ def rollouts(model, tokenizer, prompts: list[Prompt], thinking: bool, judge: Sca
     full = judge(texts, [text for text, _, _ in written])
     rows = zip(prompts, written, parts, seen, full, strict=True)
     return [Rollout(p.id, text, *part, a, b, tokens, cut, well_formed(text, opened=opened)) for p, (text, tokens, cut), part, a, b in rows]
+
+# %% ../../nbs/training/55_sampling.ipynb #9c053fa0
+@torch.inference_mode()
+def losses(model, examples: list[dict[str, torch.Tensor]]) -> list[float]:  # nats per scored token, one for each example
+    "Cross-entropy of each example's scored tokens."
+    found = []
+    for example in examples:
+        ids, labels = example["input_ids"].to(model.device), example["labels"].to(model.device)[1:]
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        found.append(float(torch.nn.functional.cross_entropy(logits[labels != -100].float(), labels[labels != -100])))
+    return found
