@@ -86,7 +86,12 @@ def asking() -> dict[str, dict]:
     return script("asking")
 
 
-PARTS = {"curvature": curvature, "asking": asking, "imports": imports, "stages": stages, "tiny": tiny, "environment": environment, "tests": tests}
+def training() -> dict[str, dict]:
+    "Our trainings against plain TRL."
+    return script("training")
+
+
+PARTS = {"curvature": curvature, "asking": asking, "training": training, "imports": imports, "stages": stages, "tiny": tiny, "environment": environment, "tests": tests}
 
 if __name__ == "__main__":
     chosen = sys.argv[1:] or list(PARTS)

@@ -1,16 +1,19 @@
 """Tokens, trainers and rewards: what is trained is what is generated and measured; a planted effect is found, a null one is not."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerState
 
+from valuecot.flow.plan import Plan
 from valuecot.settings import GRPO, SFT, ModelShape, load
 from valuecot.text import well_formed
 from valuecot.training import costs
 from valuecot.training.arguments import accumulation, grpo_config, sft_config
-from valuecot.training.grpo import judge_reward, train_grpo
+from valuecot.training.checkpoints import fit
+from valuecot.training.grpo import StopWhenIdle, check_prompts, fitting, format_reward, grpo_trainer, judge_reward, train_grpo
 from valuecot.training.judge import check_rewards, visible
 from valuecot.training.models import (
     conversation,
@@ -26,7 +29,7 @@ from valuecot.training.models import (
 )
 from valuecot.training.reward import faults, preference_pairs
 from valuecot.training.sampling import complete
-from valuecot.training.sft import check_rows, train_sft
+from valuecot.training.sft import check_rows, response_mask, sft_trainer, train_sft
 from valuecot.types import Arm, Prompt, Trace
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -227,3 +230,81 @@ def test_the_plan_says_what_does_not_fit(monkeypatch):
 def test_a_wrong_plan_is_one_line(capsys, tmp_path):
     assert costs.main(["--profile", "tinny"]) == 2 and "did you mean 'tiny'" in capsys.readouterr().err
     assert costs.main(["--set", f"model.llama.source={tmp_path}"]) == 2 and "holds no model" in capsys.readouterr().err
+
+
+# ---- rewards that cannot lie
+def group_of(family, tmp_path, reward, **more):
+    fix(0)
+    model, tokenizer = load_model(family)
+    settings = GRPO(1, 8, 4, 0.0, 1e-2, "constant_with_warmup", 0.0, "grpo", "group", 0.2, 1, False, 1.0, 1.0, 6, 0.0, 1.0, 8, **more)
+    return grpo_trainer(model, tokenizer, [{"prompt": PROMPT.text}] * 16, reward, settings, True, 0, tmp_path)
+
+
+def test_what_cannot_be_scored_teaches_nothing_and_measures_nobody(family, tmp_path):
+    "Advantages with a None in a group are those of the group without it."
+    values = iter([1.0, 0.0, None, 1.0, None, None, None, None] * 8)
+    trainer = group_of(family, tmp_path, lambda completions, **_: [next(values) for _ in completions])
+    log = fit(trainer)
+    assert log[0]["reward"] == pytest.approx(2 / 3) and log[0]["not_scored"] == pytest.approx(5 / 8)
+    advantages = list(trainer._logs["advantages"])[-8:]
+    scored = torch.tensor([1.0, 0.0, 1.0])
+    expected = ((scored - scored.mean()) / (scored.std() + 1e-4)).tolist()
+    assert [advantages[i] for i in (0, 1, 3)] == pytest.approx(expected, abs=1e-3)
+    assert [advantages[i] for i in (2, 4, 5, 6, 7)] == [0.0] * 5
+
+
+def test_training_that_teaches_nothing_stops_and_says_why(family, tmp_path):
+    with pytest.raises(RuntimeError, match="stopped at update 3: in 3 updates in a row every completion was cut off: raise max_completion_length"):
+        fit(group_of(family, tmp_path, lambda completions, **_: [float(len(c[-1]["content"])) for c in completions], patience=3))
+    collapsed = TrainerState(global_step=7, log_history=[{"frac_reward_zero_std": 1.0, "completions/clipped_ratio": 0.5}] * 2)
+    with pytest.raises(RuntimeError, match="stopped at update 7: in 2 updates in a row every group had one and the same reward"):
+        StopWhenIdle(2).on_log(None, collapsed, None)
+    StopWhenIdle(3).on_log(None, collapsed, None)  # not yet
+    fit(group_of(family, tmp_path, lambda completions, **_: [0.5] * len(completions)))  # patience 0: it goes on
+
+
+def test_long_prompts_follow_the_rule(family):
+    model, tokenizer = load_model(family)
+    base = load("tiny")["geometry.grpo"]
+    rows = [{"prompt": PROMPT.text}, {"prompt": PROMPT.text * 20}]
+    assert fitting(model.config, tokenizer, rows, base, True) == rows
+    with pytest.raises(ValueError, match="1 of 2 prompts are longer than 60 tokens"):
+        fitting(model.config, tokenizer, rows, replace(base, max_prompt_length=60), True)
+    assert fitting(model.config, tokenizer, rows, replace(base, max_prompt_length=60, long_prompts="drop"), True) == rows[:1]
+    with pytest.raises(ValueError, match="do not fit the model's window of 4096"):
+        fitting(model.config, tokenizer, rows, replace(base, max_prompt_length=4000), True)
+    with pytest.raises(ValueError, match="1 of 2 prompts are empty"):
+        check_prompts([*rows[:1], {"prompt": " "}], base)
+    with pytest.raises(ValueError, match="empty completion"):
+        check_rows([{"prompt": [], "completion": [{"role": "assistant", "content": " "}], "chat_template_kwargs": {}}], tokenizer, 100)
+
+
+@pytest.mark.parametrize("weight", [1.0, 4.0])
+def test_a_weighed_response_counts_as_often(family, tmp_path, weight):
+    "Against the loss written out by hand; with weight 1 it is TRL's own."
+    model, tokenizer = load_model(family)
+    rows = [conversation(Prompt(f"p{i}", PROMPT.text * (i + 1), "h", "a", "b", ""), TRACE, True) for i in range(3)]
+    trainer = sft_trainer(model, tokenizer, rows, SFT(1, 3, 1e-3, "cosine", 0.0, 0.0, 1.0, 512, 3), 0, tmp_path, answer_weight=weight)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+    found = float(trainer.compute_loss(model, dict(batch)))
+    labels, response = batch["labels"][:, 1:], response_mask(batch["labels"], tokenizer)[:, 1:]
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    assert found == pytest.approx(float(((1 + (weight - 1) * response) * nll).sum() / (labels != -100).sum()), rel=1e-5)
+    assert tokenizer.decode(batch["labels"][0][response_mask(batch["labels"], tokenizer)[0]]).strip() == "Ask who lost it first.<|end|>"
+
+
+def test_form_alone_can_be_rewarded(family, tmp_path):
+    trainer = group_of(family, tmp_path, format_reward(opened=True))
+    log = fit(trainer)
+    assert all(row["reward"] == pytest.approx(row["format_rate"]) for row in log if "reward" in row)
+
+
+def test_arms_that_learn_the_same_share_a_run():
+    plan = Plan("test", "geometry", "geometry.design.arms=standard-sft,standard,initial,half")
+    jobs = {j.label for j in plan.jobs()}
+    assert {"sft · llama · standard · seed 0", "sft · llama · half · seed 0", "samples · llama · standard-sft · seed 0", "samples · llama · initial · seed 0"} <= jobs
+    assert not {j for j in jobs if j.startswith(("sft", "grpo")) and ("standard-sft" in j or "initial" in j)}
+    by = {j.arm: plan.inputs(j) for j in plan.jobs() if j.stage == "samples"}
+    starts = {arm: next(j.label for j in needs if j.stage in ("grpo", "sft", "base_model")) for arm, needs in by.items()}
+    assert starts == {"standard-sft": "sft · llama · standard · seed 0", "standard": "grpo · llama · standard · seed 0", "initial": "base_model · llama", "half": "grpo · llama · half · seed 0"}

@@ -92,6 +92,8 @@ class StopOnNaN(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name in ("loss", "grad_norm", "reward"):
             value = float((logs or {}).get(name, 0.0))
+            if name == "reward" and (logs or {}).get("not_scored") == 1.0:  # a batch in which nothing could be scored
+                continue
             if value != value or abs(value) == float("inf"):
                 raise RuntimeError(f"{name} became {value} at step {state.global_step}: lower the learning rate, or look at the rows of the step before")
 

@@ -88,7 +88,7 @@ class Watched:
         self.__name__ = "reward"
 
     def __call__(self, prompts, completions, trainer_state=None, log_metric=None, **columns) -> list[float | None]:
-        written, rewards = texts_of(completions), self.reward(prompts, completions, log_metric=log_metric, **columns)
+        written, rewards = texts_of(completions), self.reward(prompts=prompts, completions=completions, log_metric=log_metric, **columns)
         for value, prompt in zip(rewards, texts_of(prompts), strict=True):
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"the reward was {value} for the prompt {prompt[:80]!r}: the reward model's weights or its input are damaged")
