@@ -26,8 +26,8 @@ from valuecot.stages.reward_model import run_reward_model
 from valuecot.stages.samples import run_samples
 from valuecot.stages.sft import run_sft
 from valuecot.stats import wilson
-from valuecot.store import read_json, write_json
-from valuecot.training.cards import card, check_leaving, job_of, lineage, publish, read_finished, settings_rows
+from valuecot.store import hash_file, read_json, write_json
+from valuecot.training.cards import card, check_leaving, job_of, lineage, main, publish, read_finished, settings_rows
 from valuecot.training.terms import LICENCES, Helper, check_helpers, check_name, helpers, licence_of, papers
 
 ROOT = Path(__file__).parents[1]
@@ -219,8 +219,6 @@ def test_files_that_the_run_did_not_leave_stay(copied):
     write_json(copied / MODEL / "run.json", run | {"files": run["files"] | {"model/extra.bin": "0e93f4a9d1f1b1d8b1e1a4d6cb4a0c5f"}})
     with pytest.raises(ValueError, match="extra.bin is not as its run left it"):
         look()
-    from valuecot.store import hash_file
-
     write_json(copied / MODEL / "run.json", run | {"files": run["files"] | {"model/extra.bin": hash_file(copied / MODEL / "model" / "extra.bin")}})
     with pytest.raises(ValueError, match="neither weights in safetensors nor a text"):
         look()
@@ -231,7 +229,7 @@ class Hub(BaseHTTPRequestHandler):
     "As much of the Hugging Face hub as huggingface_hub asks for when it uploads a model."
 
     private, files, deleted, objects, asked = True, {"README.md": b"old", "old.safetensors": b"old", ".gitattributes": b""}, [], {}, []
-    protocol_version = "HTTP/1.1"
+    exists, protocol_version = False, "HTTP/1.1"
 
     def answer(self, found: object, status: int = 200) -> None:
         content = json.dumps(found).encode()
@@ -266,7 +264,8 @@ class Hub(BaseHTTPRequestHandler):
         body, here = self.body(), f"http://127.0.0.1:{self.server.server_port}"
         Hub.asked.append(f"POST {self.path}")
         if self.path == "/api/repos/create":
-            Hub.private = json.loads(body).get("visibility") == "private" and Hub.private
+            if not Hub.exists:  # an existing repository stays as it is
+                Hub.private = json.loads(body)["visibility"] == "private" and Hub.private
             return self.answer({"url": f"{here}/{NAME}"})
         if self.path.endswith("/validate-yaml"):
             return self.answer({"errors": [], "warnings": []})
@@ -299,45 +298,61 @@ def hub():
     server.server_close()
 
 
-def command(folder: Path, endpoint: str = "", *words: str, model: str = MODEL) -> subprocess.CompletedProcess:
-    "The command that `make publish` gives."
-    env = os.environ | {"VALUECOT_OUTPUTS": str(folder), "HF_TOKEN": "hf_secret_of_mine", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0" if endpoint else "1"} | ({"HF_ENDPOINT": endpoint} if endpoint else {})
-    call = [sys.executable, "-m", "valuecot.training.cards", "--profile", "test", "--model", model, "--to", NAME, "--set", SMALL, *words]
-    done = subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert "hf_secret" not in done.stdout + done.stderr and "Traceback" not in done.stderr
-    return done
+@pytest.fixture
+def asked_of(outputs_of, hub, monkeypatch, capsys):
+    "What the command says in this process, asking the hub of ours."
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+
+    def ask(*words: str) -> tuple[int, str]:
+        status = main(["--profile", "test", "--model", MODEL, "--to", NAME, "--set", SMALL, *words])
+        return status, "".join(capsys.readouterr())
+
+    return ask
 
 
-def test_nothing_leaves_until_it_is_told_to(made, hub):
-    done = command(made, hub)
-    assert done.returncode == 0 and "nothing was sent: say SEND=yes" in done.stdout and "## Misuses" in done.stdout and not Hub.asked
+def test_nothing_leaves_until_it_is_told_to(asked_of):
+    status, said = asked_of()
+    assert status == 0 and "nothing was sent: say SEND=yes" in said and "## Misuses" in said and not Hub.asked
 
 
 def test_the_hub_gets_the_model_the_card_and_the_licence_in_private(made, hub, tmp_path):
-    done = command(made, hub, "--send", "yes")
+    "By the command itself, with huggingface_hub's own client."
+    env = os.environ | {"VALUECOT_OUTPUTS": str(made), "HF_TOKEN": "hf_secret_of_mine", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub}
+    call = [sys.executable, "-m", "valuecot.training.cards", "--profile", "test", "--model", MODEL, "--to", NAME, "--set", SMALL, "--send", "yes"]
+    done = subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "sent: " in done.stdout and Hub.private and Hub.deleted == ["old.safetensors"]
+    assert "hf_secret" not in done.stdout + done.stderr and f"sent: {hub}/{NAME}" in done.stdout and Hub.private and Hub.deleted == ["old.safetensors"]
     place = made / "test" / "geometry" / MODEL / "model"
     assert {p.name: p.read_bytes() for p in place.iterdir()} == {name: data for name, data in Hub.files.items() if name not in ("README.md", "LICENSE", ".gitattributes")}
     for name, data in Hub.files.items():
         (tmp_path / name).write_bytes(data)
-    assert ModelCard.load(tmp_path / "README.md").data.license == "apache-2.0"
+    assert ModelCard.load(tmp_path / "README.md").data.license == "apache-2.0" and b"Apache License" in Hub.files["LICENSE"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() == AutoModelForCausalLM.from_pretrained(place).num_parameters()
 
 
-def test_a_public_repository_is_never_filled_by_chance(made, hub):
+def test_a_public_repository_is_never_filled_by_chance(asked_of):
     Hub.private = False
-    done = command(made, hub, "--send", "yes")
-    assert done.returncode == 2 and f"{NAME} is public" in done.stderr and Hub.files["README.md"] == b"old"
+    status, said = asked_of("--send", "yes")
+    assert status == 2 and f"{NAME} is public" in said and Hub.files["README.md"] == b"old"
     Hub.private = True
-    assert command(made, hub, "--send", "yes", "--public", "yes").returncode == 0 and not Hub.private
+    assert asked_of("--send", "yes", "--public", "yes")[0] == 0 and not Hub.private and b"## Misuses" in Hub.files["README.md"]
 
 
-def test_without_a_network_it_says_so(made):
-    done = command(made, "", "--send", "yes")
-    assert done.returncode == 2 and "nothing was published" in done.stderr and "ffline" in done.stderr
-    done = command(made, "http://127.0.0.1:9", "--send", "yes")
-    assert done.returncode == 2 and "nothing was published" in done.stderr
+def test_a_private_repository_is_not_made_public(asked_of, monkeypatch):
+    monkeypatch.setattr(Hub, "exists", True)
+    status, said = asked_of("--send", "yes", "--public", "yes")
+    assert status == 2 and "is private: leave PUBLIC out" in said and Hub.private and Hub.files["README.md"] == b"old"
+
+
+def test_without_a_network_it_says_so(asked_of, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    status, said = asked_of("--send", "yes")
+    assert status == 2 and "error: nothing was published" in said and "refused" in said and "Traceback" not in said
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    status, said = asked_of("--send", "yes")
+    assert status == 2 and "offline" in said.lower()
 
 
 def test_make_publish_says_what_it_is_told(made):

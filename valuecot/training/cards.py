@@ -209,12 +209,13 @@ def base_lines(found: Finished, licence: str) -> list[str]:  # Markdown
     name = "pretrained from scratch by this project" if source == "scratch" else shown(str(source)) + (f" at {revision}" if (revision := counts.get("revision")) else "")
     terms = LICENCES.get(licence)
     own = "The base model's licence is not known." if not terms else f"Licence of the weights: {licence} ({terms.says})." + (f" Uses that it forbids: {terms.policy}." if terms.policy else "")
-    return [f"Base model: {name}, {counts.get('parameters', 0):,} parameters. All of them were trained further; every file here is changed from the base model's.", "", own, ""]
+    return [f"Base model: {name}, {counts['parameters']:,} parameters. All of them were trained further: these weights are changed from the base model's.", "", own, ""]
 
 
 def helper_lines(found: Finished) -> list[str]:  # Markdown
     "Which other models it was trained with."
-    rows = [(h.role, h.source, h.licence or "not known") for h in found.helped]
+    judge = record_of(found, "reward_model").get("revision")
+    rows = [(h.role, h.source + (f" at {judge}" if h.role == "reward model" and judge else ""), h.licence or "not known") for h in found.helped]
     return [*table(["other models", "source", "licence"], rows), "", "What a provider allows to be done with its models' output is for the user to check.", ""] if rows else []
 
 
@@ -259,7 +260,7 @@ USES = """Research on training with and without reasoning: to repeat the study's
 MISUSES = """- Advice. It writes value-laden text about dilemmas in a sure tone. No position in it is the project's, a majority's or a considered one.
 - Decisions about persons, or the weighing of anybody's values, rights or interests: in law, hiring, lending, care, moderation or policing.
 - Persuasion: making text that argues for one value and passes for a balanced view.
-- Evidence about a model's own values. What it writes is what it was rewarded for; its reasoning need not be why it answers.
+- Evidence about a model's own values. What it writes is what it was trained and rewarded for.
 - Any use that the licences above forbid."""
 
 
@@ -267,7 +268,7 @@ def warning_lines(found: Finished) -> list[str]:  # Markdown
     "What stands before everything else."
     if found.settings.profile == "paper":
         return []
-    size = f"{record_of(found, 'base_model').get('parameters', 0):,} parameters"
+    size = f"{record_of(found, 'base_model')['parameters']:,} parameters"
     return [f"> **Profile {found.settings.profile}.** This model of {size} proves that the study's machinery works. It is no evidence about the papers' claims, and no use as a language model.", ""]
 
 
@@ -279,7 +280,7 @@ def limit_lines(found: Finished) -> list[str]:  # Markdown
     lines = [
         *([f"Its rewards are a judge's scores ({'trained by this project' if judge.source == 'scratch' else shown(str(judge.source))}): length, tone and the judge's own leanings are in them.{measured}"] if rewarded else []),
         f"One training run, {found.job.seed}: another seed gives another model, and no interval above holds that variation.", "English alone; prompts of one kind, in which two values conflict.", "Not tested for safety, bias, truthfulness, memorised texts or languages. It may repeat what a prompt or a trace said.",
-        *(["Its reasoning was trained to have a form, and is no account of why it answers as it does."] if found.arm.thinking else []),
+        *(["The reasoning that it writes need not be why it answers as it does."] if found.arm.thinking else []),
     ]  # fmt: skip
     return [*(f"- {line}" for line in lines), ""]
 
@@ -299,7 +300,7 @@ def card(found: Finished, name: str, licence: str, data: str = "") -> str:  # Ma
     again = f"`make study PROFILE={found.settings.profile} STUDY=geometry` at this revision, with the settings above, trains it again."
     parts = [
         "---", head(found, licence, data), "---", f"# {name.split('/')[-1]}", "", *([f"**{terms.shows}.**", ""] if terms and terms.shows else []), *warning_lines(found),
-        "## What this is", f"{found.arm.label}: arm `{found.job.arm}`, family `{found.job.model}`, {found.job.seed}, stage {found.job.stage} of the valuecot study of value conflicts. {arm_sentence(found.arm, found.job.stage, scope)}", "",
+        "## What this is", f"{short(found.arm.label)}: arm `{found.job.arm}`, family `{found.job.model}`, {found.job.seed}, stage {found.job.stage} of the valuecot study of value conflicts. {arm_sentence(found.arm, found.job.stage, scope)}", "",
         "It is a specimen of one way of training, made to be measured beside others. It is not an assistant, and was not made to be a good one.", "",
         "## Base model and other models", *base_lines(found, licence), *helper_lines(found), "## Data", *data_lines(found, data), "## Training", *settings_lines(found), "## Results", *results(found.samples), "",
         "## Ends of the curves", *curve_lines(found), "## Provenance", *provenance_lines(found), again, "", "## Limits", *limit_lines(found), "## Uses", USES, "", "## Misuses", MISUSES, "", "## Loading", *loading_lines(found, name),
