@@ -56,8 +56,13 @@ peers: env ## other curvature packages, for benchmarks and tests, without their 
 bench: env peers ## side by side: curvature against its peers, the study against its budget -> outputs/bench/ (ARGS="curvature")
 	@$(PY) benchmarks/budget.py $(ARGS)
 
-publish: env ## send the traces of PROFILE and SET to the Hugging Face hub, as the private data set REPO=owner/name
+publish: env ## send the traces of PROFILE and SET to the Hugging Face hub, as the private data set REPO=owner/name; MODEL=grpo/qwen/standard/seed0 TO=owner/name: a checkpoint with its card, sent with SEND=yes
+ifeq ($(MODEL),)
 	@$(PY) -m valuecot.geometry.release $(PROFILE) $(call quoted,$(REPO)) $(call quoted,$(SET))
+else
+	@$(PY) -m valuecot.training.cards --profile $(PROFILE) --model $(call quoted,$(MODEL)) --to $(call quoted,$(TO)) --set $(call quoted,$(SET)) --licence $(call quoted,$(LICENCE)) \
+		--agreement $(call quoted,$(AGREEMENT)) --data $(call quoted,$(DATA)) --public $(call quoted,$(or $(PUBLIC),no)) --send $(call quoted,$(or $(SEND),no))
+endif
 
 companion: env ## build the pages again from what was run
 	@$(PY) -m valuecot.companion.pages $(PROFILE)

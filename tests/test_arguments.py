@@ -87,8 +87,27 @@ def test_every_setting_of_training_has_its_source_on_the_page():
     said = notes()
     for kind in ("sft", "grpo"):
         for key in dataclasses.asdict(load("paper")[f"geometry.{kind}"]):
-            if key not in ("min_learning_rate",):
+            if key not in ("min_learning_rate", "cycle", "masking"):  # the second paper's
                 assert said.get(f"geometry.{kind}.{key}"), f"settings.ini says nothing of geometry.{kind}.{key}"
     assert {"setting", "value", "source", "argument", "passed", "TRL's default"} == rows[0].keys()
     assert next(r for r in rows if r["setting"] == "geometry.grpo.kl_coef")["source"].startswith("G appendix C")
     assert all(row["source"] for row in rows)
+
+
+# ---- the second paper
+def test_the_printed_values_of_the_steerable_paper(tmp_path):
+    settings = load("paper", "steerable.sft.precision=float32 steerable.grpo.precision=float32 steerable.grpo.rollouts=transformers")
+    sft, grpo = sft_config(settings["steerable.sft"].of("value_kaleidoscope"), 0, tmp_path), grpo_config(settings["steerable.grpo"].of(settings["steerable.sampling"]), {}, 0, tmp_path)
+    assert (sft.num_train_epochs, sft.learning_rate, sft.lr_scheduler_type, sft.lr_scheduler_kwargs, sft.max_grad_norm, sft.max_length) == (1, 2e-5, "cosine_with_min_lr", {"min_lr": 2e-6}, 5.0, 384)
+    assert sft.per_device_train_batch_size * sft.gradient_accumulation_steps == 256 and settings["steerable.sft"].of("opinionqa").max_length == 512
+    assert (grpo.num_generations, grpo.beta, grpo.epsilon, grpo.max_grad_norm, grpo.learning_rate, grpo.lr_scheduler_kwargs) == (16, 0.001, 0.2, 3.0, 1.5e-6, {"min_lr": 1.5e-7})
+    assert (grpo.temperature, grpo.top_p, grpo.top_k, grpo.max_completion_length) == (0.7, 0.95, 0, 448)
+    assert grpo.generation_batch_size == 256 * 16 and grpo.per_device_train_batch_size * grpo.gradient_accumulation_steps == 64 * 16, "four updates of 64 prompts a rollout"
+
+
+def test_a_preset_lies_between_the_file_and_the_profile():
+    ours, printed, theirs = (load("paper", f"steerable.preset={name}")["steerable.sft"] for name in ("ours", "printed", "authors_code"))
+    assert ours == printed and (theirs.batch_size, theirs.masking, theirs.cycle, theirs.max_length_opinionqa) == (128, "left-padded", 2.0, 256)
+    assert load("paper", "steerable.preset=authors_code steerable.sft.batch_size=64")["steerable.sft"].batch_size == 64
+    with pytest.raises(ValueError, match="did you mean 'printed'"):
+        load("paper", "steerable.preset=print")

@@ -29,7 +29,7 @@ from valuecot.training.models import (
 )
 from valuecot.training.reward import faults, preference_pairs
 from valuecot.training.sampling import complete
-from valuecot.training.sft import check_rows, response_mask, sft_trainer, train_sft
+from valuecot.training.sft import check_rows, left_padded_row, response_mask, sft_trainer, train_sft
 from valuecot.types import Arm, Prompt, Trace
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -308,3 +308,32 @@ def test_arms_that_learn_the_same_share_a_run():
     by = {j.arm: plan.inputs(j) for j in plan.jobs() if j.stage == "samples"}
     starts = {arm: next(j.label for j in needs if j.stage in ("grpo", "sft", "base_model")) for arm, needs in by.items()}
     assert starts == {"standard-sft": "sft · llama · standard · seed 0", "standard": "grpo · llama · standard · seed 0", "initial": "base_model · llama", "half": "grpo · llama · half · seed 0"}
+
+
+def test_the_authors_mask_hides_padding_and_little_of_the_prompt(family, tmp_path):
+    model, tokenizer = load_model(family)
+    row = conversation(PROMPT, TRACE, True)
+    whole = encode(tokenizer, PROMPT, TRACE, True)
+    size, prompt = len(whole["input_ids"]), int((whole["labels"] == -100).sum())
+    for longest, hidden in ((size + prompt, 0), (size + prompt - 7, 7), (size, prompt)):
+        found = left_padded_row(row, tokenizer, longest)
+        assert found["input_ids"] == whole["input_ids"].tolist() and found["labels"].count(-100) == hidden
+    settings = SFT(1, 2, 1e-3, "cosine", 0.0, 0.0, 1.0, size + prompt, 2, masking="left-padded")
+    trainer = sft_trainer(model, tokenizer, [row] * 2, settings, 0, tmp_path)
+    assert trainer.train_dataset[0]["labels"] == whole["input_ids"].tolist(), "all of the prompt is learnt"
+
+
+def test_the_authors_cosine_is_broken_off(family, tmp_path):
+    "Half of a cosine from 2e-5 to 2e-6 ends at 1.1e-5; one that fits the training ends near its floor."
+    rates = {}
+    for cycle in (1.0, 2.0):
+        model, tokenizer = load_model(family)
+        settings = SFT(10, 2, 2e-5, "cosine", 0.0, 0.0, 1.0, 256, 2, min_learning_rate=2e-6, cycle=cycle)
+        log = fit(sft_trainer(model, tokenizer, [conversation(PROMPT, TRACE, True)] * 4, settings, 0, tmp_path))
+        rates[cycle] = [row["learning_rate"] for row in log if "learning_rate" in row]
+    assert rates[2.0][-1] == pytest.approx(1.1e-5, rel=0.1) and rates[1.0][-1] < 3e-6 and rates[1.0][0] == rates[2.0][0] == 2e-5
+
+
+def test_vllm_is_asked_for_only_where_it_is(family, tmp_path):
+    with pytest.raises(ValueError, match="vLLM is not installed here"):
+        group_of(family, tmp_path, lambda completions, **_: [0.0] * len(completions), rollouts="vllm")

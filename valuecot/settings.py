@@ -134,6 +134,8 @@ class SFT:
     precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights and optimiser stay float32
     activation_checkpointing: bool = False  # less memory, more time, the same numbers
     checkpoint_every: int = 50  # updates that a kill can cost
+    cycle: float = 1.0  # length of the cosine, in trainings; above 1 it is broken off
+    masking: Literal["completion", "left-padded"] = "completion"  # left-padded: what is left of a mask of the prompt's length that is laid over padding first
 
 
 @dataclass(frozen=True)
@@ -289,6 +291,7 @@ class Steerable:
 
     value_kaleidoscope: Source
     opinionqa: Source
+    preset: Literal["ours", "authors_code", "printed"]  # where the paper and its authors' code differ
 
 
 @dataclass(frozen=True)
@@ -304,25 +307,58 @@ class SteerableSFT:
     max_grad_norm: float
     max_length_value_kaleidoscope: int
     max_length_opinionqa: int
+    weight_decay: float
+    micro_batch: int
+    precision: Literal["float32", "bfloat16"]
+    activation_checkpointing: bool
+    checkpoint_every: int
+    cycle: float
+    masking: Literal["completion", "left-padded"]
+
+    def of(self, dataset: str) -> SFT:
+        "For one of the two benchmarks."
+        names = {f.name for f in fields(SFT)}
+        return SFT(max_length=getattr(self, f"max_length_{dataset}"), **{k: v for k, v in asdict(self).items() if k in names})
 
 
 @dataclass(frozen=True)
 class SteerableGRPO:
-    "[steerable.grpo]"
+    "[steerable.grpo]; its batches count prompts."
 
     epochs: int
     max_prompt_length: int
     max_completion_length: int
-    batch_size: int
+    batch_size: int  # prompts in a rollout
     group_size: int
     iterations: int
-    minibatch_size: int
+    minibatch_size: int  # prompts in an update
     epsilon: float
     kl_coef: float
     learning_rate: float
     min_learning_rate: float
     warmup: float
     max_grad_norm: float
+    weight_decay: float
+    loss_type: Literal["grpo", "dapo", "bnpo", "dr_grpo"]
+    scale_rewards: Literal["group", "batch", "none"]
+    bias_correction_kl: bool
+    long_prompts: Literal["error", "drop"]
+    micro_batch: int
+    precision: Literal["float32", "bfloat16"]
+    activation_checkpointing: bool
+    rollouts: Literal["transformers", "vllm"]
+    checkpoint_every: int
+    patience: int
+
+    def __post_init__(self):
+        if self.batch_size % self.minibatch_size:
+            raise ValueError(f"steerable.grpo.batch_size={self.batch_size} is no multiple of steerable.grpo.minibatch_size={self.minibatch_size}: a rollout is cut into whole updates")
+
+    def of(self, sampling: Sampling) -> GRPO:
+        "With how completions are drawn."
+        names = {f.name for f in fields(GRPO)} - {"batch_size"}
+        same = {k: v for k, v in asdict(self).items() if k in names}
+        return GRPO(batch_size=self.minibatch_size, batch_unit="prompts", updates_per_rollout=self.batch_size // self.minibatch_size, schedule="cosine", temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, **same)
 
 
 @dataclass(frozen=True)
@@ -494,12 +530,15 @@ def load(
 ) -> Settings:
     "Read, override and validate the study's settings."
     parser = read_file(path or root() / "settings.ini")
+    given = parse_overrides(overrides)
     if profile not in profiles or profile not in parser:
         raise KeyError(nearest(profile, [p for p in profiles if p in parser], "profile"))
-    sections = {name: dict(parser[name]) for name in parser.sections() if name not in profiles}
-    for name, value in parser[profile].items():
-        put(sections, name, value, f"[{profile}]")
-    for name, value in parse_overrides(overrides).items():
+    sections = {name: dict(parser[name]) for name in parser.sections() if name not in profiles and not name.startswith("preset.")}
+    preset = given.get("steerable.preset", parser[profile].get("steerable.preset", sections["steerable"]["preset"]))
+    for source, values in {f"preset.{preset}": parser[f"preset.{preset}"] if f"preset.{preset}" in parser else {}, profile: parser[profile]}.items():
+        for name, value in values.items():
+            put(sections, name, value, f"[{source}]")
+    for name, value in given.items():
         put(sections, name, value, "SET")
     settings = Settings(profile, {name: typed(name, values) for name, values in sections.items()})
     check_design(settings)

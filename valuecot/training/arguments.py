@@ -15,7 +15,8 @@ from ..settings import GRPO, SFT, Machine, RewardModel, notes
 
 # %% auto #0
 __all__ = ['LOOP', 'CARRIED', 'EVERYWHERE', 'OURS', 'LEFT', 'QUIET', 'accumulation', 'shared', 'spread', 'fixed', 'place',
-           'sft_config', 'completions_per_update', 'grpo_config', 'reward_config', 'defaults', 'side_by_side']
+           'sft_config', 'completions_per_update', 'grpo_config', 'rollouts', 'reward_config', 'defaults',
+           'side_by_side']
 
 # %% ../../nbs/training/48_arguments.ipynb #bb3e6561
 LOOP = {"epochs": "num_train_epochs", "learning_rate": "learning_rate", "warmup": "warmup_steps", "weight_decay": "weight_decay", "max_grad_norm": "max_grad_norm", "activation_checkpointing": "activation_checkpointing"}
@@ -127,7 +128,15 @@ def grpo_config(settings: GRPO, options: dict[str, object], seed: int, out: Path
     "TRL's arguments for GRPO; `options`: of the chat template."
     micro, passes = accumulation(completions_per_update(settings), settings.micro_batch, "grpo", machine.processes)
     batch = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": passes, "steps_per_generation": passes * settings.updates_per_rollout}
-    return GRPOConfig(**shared(settings, "grpo", seed, out, device) | batch | {"chat_template_kwargs": options, "use_vllm": settings.rollouts == "vllm", "log_completions": False, "remove_unused_columns": False} | spread(machine, settings.activation_checkpointing) | more)
+    return GRPOConfig(**shared(settings, "grpo", seed, out, device) | batch | {"chat_template_kwargs": options, "log_completions": False, "remove_unused_columns": False} | rollouts(settings) | spread(machine, settings.activation_checkpointing) | more)
+
+
+def rollouts(settings: GRPO) -> dict[str, object]:
+    "Who generates; vLLM on the training's own cards, for texts as long as the settings allow."
+    if settings.rollouts == "transformers":
+        return {"use_vllm": False}
+    longest = settings.max_prompt_length + settings.max_completion_length if settings.max_prompt_length else None
+    return {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.3, "vllm_max_model_length": longest, "vllm_enable_sleep_mode": True}
 
 
 def reward_config(settings: RewardModel, seed: int, out: Path, device: str = "cpu", **more: object) -> RewardConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -200,6 +201,8 @@ def grpo_trainer(
     machine: Machine = Machine(),
 ) -> Trainer:
     "A trainer of `model`, ready to run."
+    if settings.rollouts == "vllm" and not find_spec("vllm"):
+        raise ValueError("grpo.rollouts = vllm, but vLLM is not installed here: install vllm>=0.27,<=0.31 on a GPU, or set rollouts=transformers")
     check_prompts(prompts, settings)
     rows = fitting(model.config, tokenizer, prompts, settings, thinking)
     check_prompts(rows, settings)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
 from trl import SFTConfig, SFTTrainer
 
 from ..settings import SFT, BaseModel, Machine
@@ -16,7 +17,7 @@ from .arguments import EVERYWHERE, OURS, QUIET, place, sft_config
 from .checkpoints import Guarded, fit, saving
 
 # %% auto #0
-__all__ = ['check_rows', 'response_mask', 'Trainer', 'shifted', 'sft_trainer', 'train_sft', 'pretrain']
+__all__ = ['check_rows', 'response_mask', 'Trainer', 'shifted', 'left_padded_row', 'sft_trainer', 'train_sft', 'pretrain']
 
 # %% ../../nbs/training/51_sft.ipynb #ef40a1a3
 def check_rows(rows: list[dict], tokenizer, longest: int) -> list[int]:  # tokens per row
@@ -51,7 +52,13 @@ def response_mask(labels: torch.Tensor, tokenizer) -> torch.Tensor:  # (B, T) bo
 class Trainer(Guarded, SFTTrainer):
     "TRL's, with a weight for the response's tokens."
 
-    answer_weight = 1.0
+    answer_weight, cycle = 1.0, 1.0
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.cycle != 1.0 and self.lr_scheduler is None:
+            warmup, least = self.args.get_warmup_steps(num_training_steps), (self.args.lr_scheduler_kwargs or {}).get("min_lr", 0.0)
+            self.lr_scheduler = get_cosine_with_min_lr_schedule_with_warmup(optimizer or self.optimizer, warmup, round(self.cycle * num_training_steps), min_lr=least)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.answer_weight == 1.0:
@@ -69,6 +76,15 @@ def shifted(mask: torch.Tensor, length: int) -> torch.Tensor:  # (B, length)
     "`mask` as the losses are laid out: with a place for every token, or without the first."
     return torch.nn.functional.pad(mask[:, 1:], (0, length - mask.shape[1] + 1)).float()
 
+# %% ../../nbs/training/51_sft.ipynb #82f6ed64
+def left_padded_row(row: dict, tokenizer, longest: int) -> dict[str, list[int]]:  # input_ids, labels
+    "A row whose prompt is masked by a mask that padding took the most of."
+    chat = lambda messages, **more: tokenizer.apply_chat_template(messages, tokenize=False, **row["chat_template_kwargs"], **more)
+    whole, before = chat(row["prompt"] + row["completion"]), chat(row["prompt"], add_generation_prompt=True)
+    ids, prompt = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (whole, before))
+    hidden = max(0, len(prompt) - (longest - len(ids)))
+    return {"input_ids": ids, "labels": [-100] * hidden + ids[hidden:]}
+
 # %% ../../nbs/training/51_sft.ipynb #135033b7
 def sft_trainer(
     model,
@@ -85,10 +101,14 @@ def sft_trainer(
     "A trainer of `model`, ready to run."
     check_rows(rows, tokenizer, settings.max_length)
     config = sft_config(settings, seed, out, device, machine, **saving(settings.checkpoint_every, key))
-    trainer = Trainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    if settings.masking == "left-padded":
+        data = Dataset.from_list([left_padded_row(row, tokenizer, settings.max_length) for row in rows])
+    else:
+        data = Dataset.from_list(rows)
+    trainer = Trainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)
     if len(trainer.train_dataset) != len(rows):
         raise RuntimeError(f"TRL kept {len(trainer.train_dataset)} of {len(rows)} rows")
-    trainer.answer_weight = answer_weight
+    trainer.answer_weight, trainer.cycle = answer_weight, settings.cycle
     return trainer
 
 
