@@ -639,6 +639,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'valuecot.geometry.arms.over_seeds': ('geometry/arms.html#over_seeds', 'valuecot/geometry/arms.py'),
                                         'valuecot.geometry.arms.registry': ('geometry/arms.html#registry', 'valuecot/geometry/arms.py'),
                                         'valuecot.geometry.arms.run_arms': ('geometry/arms.html#run_arms', 'valuecot/geometry/arms.py'),
+                                        'valuecot.geometry.arms.sentences': ('geometry/arms.html#sentences', 'valuecot/geometry/arms.py'),
                                         'valuecot.geometry.arms.shown': ('geometry/arms.html#shown', 'valuecot/geometry/arms.py'),
                                         'valuecot.geometry.arms.span': ('geometry/arms.html#span', 'valuecot/geometry/arms.py')},
             'valuecot.geometry.audit': { 'valuecot.geometry.audit.difference_table': ( 'geometry/audit.html#difference_table',
