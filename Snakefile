@@ -14,6 +14,8 @@ PROFILE = str(config.get("profile", "tiny"))
 OVERRIDES = str(config.get("overrides") or "")
 STUDIES = str(config.get("study", "geometry")).split(",")
 PLANS = {study: Plan(PROFILE, study, OVERRIDES) for study in STUDIES}
+CARDS = 0 if PROFILE in ("tiny", "test") else 1  # GPUs of a stage, for an executor that hands them out
+TRAINED_ON = CARDS * PLANS[STUDIES[0]].settings["machine"].processes
 OUT = os.path.relpath(PLANS[STUDIES[0]].folder)
 RUNS = [os.path.relpath(plan.run_file(job)) for plan in PLANS.values() for job in plan.jobs()]
 CALL = f"{sys.executable} -m valuecot.flow.run {PROFILE} {{params.job}} {shlex.quote(OVERRIDES)} 2> {{log}}"
@@ -72,6 +74,7 @@ rule base_model:
     output: made("base_model")
     params: job=path_of("base_model")
     log: log_of("base_model")
+    resources: gpu=CARDS
     shell: CALL
 
 
@@ -80,6 +83,7 @@ rule reward_model:
     output: made("reward_model")
     params: job=path_of("reward_model")
     log: log_of("reward_model")
+    resources: gpu=CARDS
     shell: CALL
 
 
@@ -88,6 +92,7 @@ rule sft:
     output: made("sft")
     params: job=path_of("sft")
     log: log_of("sft")
+    resources: gpu=TRAINED_ON
     shell: CALL
 
 
@@ -96,6 +101,7 @@ rule grpo:
     output: made("grpo")
     params: job=path_of("grpo")
     log: log_of("grpo")
+    resources: gpu=TRAINED_ON
     priority: 10  # the longest stage starts first
     shell: CALL
 
@@ -105,6 +111,7 @@ rule samples:
     output: made("samples")
     params: job=path_of("samples")
     log: log_of("samples")
+    resources: gpu=CARDS
     shell: CALL
 
 
@@ -146,6 +153,7 @@ rule spectrum:
     output: made("spectrum")
     params: job=path_of("spectrum")
     log: log_of("spectrum")
+    resources: gpu=CARDS
     priority: 5
     shell: CALL
 
@@ -171,6 +179,7 @@ rule landscape:
     output: made("landscape")
     params: job=path_of("landscape")
     log: log_of("landscape")
+    resources: gpu=CARDS
     shell: CALL
 
 
