@@ -58,14 +58,15 @@ def test_reinforcement_with_judge_reference_and_save(begin, judge, tmp_path):
     assert parameter_count(load_model(tmp_path / "model")[0]) > 0
 
 
+@pytest.mark.prove
 def test_an_error_in_a_group_is_one_line(begin, tmp_path):
     work = replace(sft(begin, tmp_path, machine=TWO), rows=[])
     with pytest.raises(RuntimeError, match="ValueError: no rows to fine-tune on"):
         train(work)
+
+
+def test_what_cannot_be_shared_is_refused_before_anything_starts(begin, tmp_path):
     with pytest.raises(ValueError, match="no multiple of 3 processes"):
         train(sft(begin, tmp_path, machine=Machine(processes=3)))
-
-
-def test_sharding_without_cards_is_refused(begin, tmp_path):
     with pytest.raises(ValueError, match="fsdp2 needs GPUs"):
         train(sft(begin, tmp_path, machine=Machine(sharding="fsdp2")))

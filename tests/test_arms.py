@@ -1,0 +1,74 @@
+"""Every arm of the registry trains on the test profile; on tiny, the papers' three are told with their errors over seeds."""
+
+import csv
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from valuecot.flow.plan import Job, Plan, find_job
+from valuecot.flow.run import begin
+from valuecot.settings import load
+from valuecot.stages import grpo, sft
+from valuecot.store import read_json
+from valuecot.types import Run
+
+ROOT = Path(__file__).parents[1]
+ARMS = {name.split(".", 1)[1]: arm for name, arm in load("test").sections.items() if name.startswith("arm.")}
+TRAINED: dict[str, Path] = {}  # arm under whose name SFT ran -> its run
+
+
+@pytest.fixture(scope="module")
+def place(outputs, tmp_path_factory):
+    return tmp_path_factory.mktemp("arms")
+
+
+def as_arm(run: Run, plan: Plan, job: Job, policy: tuple[str, Path], out: Path) -> Run:
+    "The run of another arm, from a policy that no study has made yet."
+    inputs = {name: folder for name, folder in run.inputs.items() if name.split("/")[0] not in ("sft", "base_model", "grpo")}
+    return replace(run, arm=job.arm, out=out, settings=plan.reads(job), inputs=inputs | dict([policy]))
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_every_arm_trains(name, outputs, place, monkeypatch):
+    monkeypatch.setenv("VALUECOT_OUTPUTS", str(outputs))
+    arm, plan = ARMS[name], Plan("test", "geometry")
+    policy = "base_model/llama/all/all", outputs / "test/geometry/base_model/llama/all/all"
+    if arm.sft:
+        own = plan.shared(sft.stage, name)
+        if own not in TRAINED:
+            run = begin(sft.stage, "test", model="llama", arm=own, seed=0, out=str(place / "sft" / own))
+            checkpoint, counts = sft.run_sft(run), read_json(run.out / "record.json")["counts"]
+            assert checkpoint.steps == -(-counts["rows"] // 8) and counts["rows"] + counts["prompts without a trace"] == round(24 * arm.fraction)
+            TRAINED[own] = run.out
+        policy = f"sft/llama/{own}/seed0", TRAINED[own]
+    if arm.grpo:
+        run = as_arm(begin(grpo.stage, "test", model="llama", arm="standard", seed=0), plan, find_job(plan, "grpo", "llama", name, 0), policy, place / "grpo" / name)
+        run.out.mkdir(parents=True)
+        checkpoint, counts = grpo.run_grpo(run), read_json(run.out / "record.json")["counts"]
+        prompts = sum({"sft": 24, "grpo": 16}[split] for split in arm.grpo.split("+")) * arm.fraction
+        assert counts["prompts"] == prompts and checkpoint.steps == prompts * 4 // 16 and counts["start"] == policy[0]
+        assert (run.out / "completions.jsonl").read_text().count("\n") > 0 and not (run.out / ".trainer").exists()
+        metrics = {row.split('"metric": "')[1].split('"')[0] for row in (run.out / "history.jsonl").read_text().splitlines()}
+        assert {"reward", "kl", "entropy", "completion_length", "truncated", "format_rate", "gradient_norm", "not_scored"} <= metrics
+    if not arm.sft and not arm.grpo:
+        assert plan.inputs(find_job(plan, "samples", "llama", name, 0))[-1].stage == "base_model", "an untouched model is sampled as it is"
+
+
+@pytest.mark.prove
+def test_three_seeds_on_tiny(tmp_path):
+    "Held-out loss, reward, form and KL with intervals, whichever way they fall."
+    target = os.path.relpath(tmp_path / "tiny/geometry/arms/all/all/all/run.json", ROOT)
+    command = [sys.executable, "-m", "valuecot.flow.study", "run", "--profile", "tiny", "--study", "geometry", "--jobs", "2", "--set", "geometry.design.seeds=0,1,2", "--target", target]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "VALUECOT_OUTPUTS": str(tmp_path)}, check=True, capture_output=True)
+    page = tmp_path / "tiny/geometry/arms/all/all/all"
+    seeds, runs, arms = (list(csv.DictReader(open(page / f"{name}.csv"))) for name in ("over_seeds", "outcomes", "registry"))
+    print((page / "over_seeds.csv").read_text())
+    assert len(runs) == 18 and len(seeds) == 6 and all(row["seeds"] == "3" for row in seeds)
+    for row in seeds:
+        assert float(row["loss SE over seeds"]) > 0 and float(row["reward SE over seeds"]) > 0 and float(row["KL SE over seeds"]) > 0
+        assert (row["well_formed"] == "") == (row["arm"] == "base")
+    assert {row["arm"] for row in arms if row["runs"] == "not run"} == ARMS.keys() - {"base", "standard", "annealing"}
