@@ -540,7 +540,7 @@ def report(given: Given, notes: tuple[str, ...] = ()) -> str:
     rates = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {name}" for name, rate in machine.rates.items())
     said = [
         f"training: {sum(r.runs for r in found)} runs on {machine.name}{f', {given.processes} processes' if given.processes > 1 else ''}; each line is one run's: tensors at the longest texts ({texts.longest_prompt} + {texts.longest_completion} tokens;"
-        + f" Python and its libraries take about 1 GB more), time as a floor at {rates} and {machine.bandwidth / 1e9:,.0f} GB/s, measured here, completions at full length",
+        + f" Python and its libraries take 0.5 GB or more besides), time as a floor at {rates} and {machine.bandwidth / 1e9:,.0f} GB/s, measured here, completions at full length",
         *(f"  {note}" for note in notes),
         *table([HEAD, *map(line, found)], left=3),
         f"  in all {time_text(total['seconds'])} one after the other, {bytes_text(total['kept'])} of models on disk, and up to {bytes_text(max(r.cost.running for r in found))} while a run keeps its checkpoints",
