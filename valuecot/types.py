@@ -191,6 +191,11 @@ class Run(Shown):
     key: str = ""  # rerun key: code, settings read, keys of the inputs
 
     @property
+    def start(self) -> str:
+        "The earlier run whose checkpoint the stage takes up: its arm's last."
+        return next(name for name in self.inputs if name.split("/")[0] in ("grpo", "sft", "base_model"))
+
+    @property
     def policy(self) -> Path:
-        "The checkpoint that the stage takes up: its arm's last."
-        return next(folder / "model" for name, folder in self.inputs.items() if name.split("/")[0] in ("grpo", "sft", "base_model"))
+        "That checkpoint."
+        return self.inputs[self.start] / "model"

@@ -37,7 +37,7 @@ def run_grpo(run: Run) -> Checkpoint:
         work = Work("grpo", run.policy, run.out / "model", place, used, asdict(settings), arm.thinking, run.seed, training_key(run), reward=arm.reward, judge=judge, scope=scope, machine=run.settings["machine"])
         steps = save_history(train(work), run.out / "history.jsonl")
         write_records(run.out / "completions.jsonl", kept_completions(place / "completions.jsonl", settings.group_size))
-    counts = {"prompts": len(used), "prompts too long": len(prompts) - len(used), "start": "/".join(run.policy.parts[-5:-1]), "steps": steps, "completions_per_step": completions_per_update(settings)}
+    counts = {"prompts": len(used), "prompts too long": len(prompts) - len(used), "start": run.start, "steps": steps, "completions_per_step": completions_per_update(settings)}
     finish(run, counts, device, settings.precision)
     return Checkpoint(run.out / "model", "grpo", run.model, run.arm, run.seed, stored_parameters(run.out / "model"), steps)
 

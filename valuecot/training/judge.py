@@ -72,5 +72,5 @@ class ScalarReward:
         for i in range(0, len(texts), self.batch_size):
             batch = self.tokenizer(texts[i : i + self.batch_size], return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
             batch.pop("token_type_ids", None)
-            rewards += self.model(**batch.to(self.model.device)).logits[:, 0].float().tolist()
+            rewards += self.model(**batch.to(self.model.device), use_cache=False).logits[:, 0].float().tolist()
         return check_rewards(rewards, prompts)
