@@ -239,7 +239,7 @@ def headless(folder: Path) -> Path:
         (lambda f: relabel(f, 2), "has 2 labels: a reward is one number"),
         (lambda f: tiny(f), "LlamaForCausalLM, which has no head that scores"),
         (lambda f: headless(f), "has no score.weight"),
-        (lambda f: edit(f, "config.json", architectures=["GRewardModel"], auto_map={"AutoModel": "own.GRewardModel"}), "needs code of its own"),
+        (lambda f: edit(f, "config.json", architectures=["OtherRewardModel"], auto_map={"AutoModel": "own.GRewardModel"}), "needs code of its own"),
         (lambda f: edit(f, "tokenizer_config.json", pad_token=None), "has no pad token"),
         (lambda f: (f / "chat_template.jinja").unlink(), "has no chat template"),
         (lambda f: train_tokenizer([WORDS + " Never seen: marmalade."] * 3, 400).save_pretrained(f), "tokenizer has .* tokens, the model's embedding"),
@@ -474,3 +474,44 @@ def test_tags_of_several_tokens_survive_decoding(name):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
     with pytest.raises(ValueError, match="loses the think tags"):
         check_format(tokenizer, PROMPT, TRACE)
+
+
+# ------------------------------------------------------------------------- GRM with a head of its own
+
+
+@pytest.mark.parametrize("widths", [[1], [24, 1], [24, 12, 1]])
+def test_a_judge_with_a_head_of_several_layers_is_read_and_saved(tmp_path, widths):
+    from transformers import LlamaConfig
+
+    from valuecot.training.judge import GRewardModel, ScalarReward, read_judge
+    from valuecot.training.models import fix, save_model, train_tokenizer
+
+    fix(0)
+    tokenizer = train_tokenizer(["May I keep the ring? Ask who lost it."] * 3, 320)
+    model = GRewardModel(LlamaConfig(vocab_size=320, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1), widths)
+    save_model(model, tokenizer, tmp_path / "theirs")
+    names = {name for name, _ in model.named_parameters() if name.startswith("v_head")}
+    assert names == ({"v_head.summary.weight", "v_head.summary.bias"} if len(widths) == 1 else {f"v_head.summary.{2 * i}.{kind}" for i in range(len(widths)) for kind in ("weight", "bias")})
+    judge = ScalarReward(tmp_path / "theirs")
+    scores = judge(["May I keep the ring?"] * 2, ["Ask.", "Ask who lost it first, and then decide."])
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "May I keep the ring?"}, {"role": "assistant", "content": "Ask."}], tokenize=False)
+    state = model.model(input_ids=torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])).last_hidden_state[0, -1]
+    for i, layer in enumerate(m for m in model.v_head.modules() if isinstance(m, torch.nn.Linear)):
+        state = layer(torch.relu(state) if i else state)
+    assert scores[0] == pytest.approx(float(state), abs=1e-6) and scores[0] != scores[1]
+    save_model(*read_judge(tmp_path / "theirs"), tmp_path / "ours")
+    assert ScalarReward(tmp_path / "ours")(["May I keep the ring?"] * 2, ["Ask.", "Ask who lost it first, and then decide."]) == scores
+
+
+def test_a_head_that_lacks_a_weight_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import LlamaConfig
+
+    from valuecot.training.judge import GRewardModel, read_judge
+
+    GRewardModel(LlamaConfig(vocab_size=320, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1), [24, 1]).save_pretrained(tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    for missing, said in {"v_head.summary.0.bias": "is not what a GRewardModel", "v_head.summary.2.weight": "has no v_head.summary that ends in one number"}.items():
+        save_file({k: v for k, v in whole.items() if k != missing}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=said):
+            read_judge(tmp_path)

@@ -6,17 +6,21 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
 
+from ..store import read_json
 from ..text import split_reasoning
 from .models import template_options
 from .weights import check_folder, read_model, read_tokenizer
 
 # %% auto #0
-__all__ = ['visible', 'check_rewards', 'check_judge', 'read_judge', 'ScalarReward']
+__all__ = ['visible', 'check_rewards', 'own_head', 'GRewardModel', 'read_own_head', 'check_judge', 'read_judge', 'ScalarReward']
 
 # %% ../../nbs/training/52_judge.ipynb #db141fe1
 def visible(completion: str, opened: bool) -> str:  # what a user would see
@@ -31,9 +35,51 @@ def check_rewards(rewards: list[float], prompts: list[str]) -> list[float]:
             raise ValueError(f"the reward model gave {reward} for the prompt {prompt[:80]!r}: its weights or its input are damaged")
     return rewards
 
+# %% ../../nbs/training/52_judge.ipynb #de9395cb
+def own_head(folder: Path | str) -> bool:
+    "Whether a checkpoint is GRM's class with a head of its own."
+    file = Path(folder) / "config.json"
+    return file.is_file() and "GRewardModel" in (read_json(file).get("architectures") or [])
+
+
+class GRewardModel(PreTrainedModel):
+    "Body of a language model, and a head of linear layers on the hidden state of the last token."
+
+    config_class, base_model_prefix = PretrainedConfig, "model"
+
+    def __init__(self, config, widths: list[int]):  # outputs of the head's layers, the last one 1
+        super().__init__(config)
+        self.model = AutoModel.from_config(config)
+        layers, size = [], config.hidden_size
+        for width in widths:
+            layers += [torch.nn.Linear(size, width), torch.nn.ReLU()]
+            size = width
+        self.v_head = torch.nn.ModuleDict({"summary": torch.nn.Sequential(*layers[:-1]) if len(widths) > 1 else layers[0]})
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask, **more) -> SequenceClassifierOutput:  # logits (B, 1)
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **more).last_hidden_state
+        last = attention_mask.sum(-1) - 1  # padding stands right
+        return SequenceClassifierOutput(logits=self.v_head["summary"](hidden[torch.arange(len(last), device=last.device), last]))
+
+
+def read_own_head(folder: Path) -> GRewardModel:
+    "Such a checkpoint, every weight from its files."
+    state = {name: value.float() for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
+    layers = sorted((name for name in state if name.startswith("v_head.summary") and name.endswith("weight")), key=lambda name: [int(x) for x in re.findall(r"\d+", name)])
+    if not layers or state[layers[-1]].shape[0] != 1:
+        raise ValueError(f"{folder} calls itself GRewardModel, but has no v_head.summary that ends in one number")
+    model = GRewardModel(AutoConfig.from_pretrained(folder, trust_remote_code=False), [len(state[name]) for name in layers])
+    told = model.load_state_dict({name: value for name, value in state.items() if name != "lm_head.weight"}, strict=False)
+    if wrong := told.missing_keys + told.unexpected_keys:
+        raise ValueError(f"{folder}: {wrong[0]} (and {len(wrong) - 1} more) is not what a GRewardModel of this configuration has")
+    return model
+
 # %% ../../nbs/training/52_judge.ipynb #71c2b9af
 def check_judge(folder: Path) -> None:
-    "Refuse a checkpoint that is no classifier with one label."
+    "Refuse a checkpoint that is no classifier with one label, nor one of GRM's with a head of several layers."
+    if own_head(folder):
+        return
     kinds = check_folder(folder).get("architectures") or ["no class"]
     if not kinds[0].endswith("ForSequenceClassification"):
         raise ValueError(f"{folder} holds {kinds[0]}, which has no head that scores: name a sequence classifier with one label")
@@ -45,7 +91,7 @@ def read_judge(folder: Path | str):  # -> PreTrainedModel, tokenizer
     "Judge and tokenizer from a folder."
     folder = Path(folder)
     check_judge(folder)
-    model = read_model(AutoModelForSequenceClassification, folder)
+    model = read_own_head(folder) if own_head(folder) else read_model(AutoModelForSequenceClassification, folder)
     tokenizer = read_tokenizer(folder, model)
     for what, there in {"pad token": tokenizer.pad_token, "chat template": tokenizer.chat_template}.items():
         if there is None:
