@@ -80,11 +80,22 @@ def test_published_numbers_equal_the_reference():
         ("geometry.design.seeds=0,0", "name each once"),
         ("geometry.design.arms=", "at least one"),
         ("geometry.sft.epochs", "section.key=value"),
+        ("teacher.rules.provider=google", "needs its price"),
+        ("teacher.rules.provider=openai teacher.rules.input=1", "needs its price"),
+        ("teacher.local.base_url=localhost:8000/v1", "begins with http:// or https://"),
+        ("teacher.mine.model=x", r"add a section \[teacher.mine\]"),
+        ("geometry.traces.teachers=mine", r"add a section \[teacher.mine\]"),
     ],
 )
 def test_a_wrong_setting_is_refused(overrides, message):
     with pytest.raises((KeyError, ValueError), match=message):
         load("tiny", overrides)
+
+
+def test_a_price_of_nothing_is_written_or_has_no_seller():
+    free = load("tiny", "teacher.rules.provider=openai teacher.rules.input=0 teacher.rules.output=0")["teacher.rules"]
+    local = load("tiny")["teacher.transformers"]
+    assert (free.input, free.output, local.input, local.output) == (0.0, 0.0, 0.0, 0.0)
 
 
 def test_a_wrong_file_is_refused(tmp_path):
