@@ -29,7 +29,7 @@ from valuecot.companion import pages
 from valuecot.data.world import generate
 from valuecot.providers.asking import Live, Policy, ask_all, seconds
 from valuecot.providers.cache import Cache, Writer, export_replies, import_replies
-from valuecot.providers.prices import Price
+from valuecot.providers.prices import Price, usd
 from valuecot.providers.requests import Failed, Reply, Request, as_request, canonical
 from valuecot.providers.structured import Malformed, read
 from valuecot.providers.wire import WIRES, read_reply
@@ -225,7 +225,21 @@ def test_a_server_that_is_not_there(cache):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         tally = ask(questions(2), f"http://127.0.0.1:{closed.getsockname()[1]}", cache, Policy(tries=2, first_wait=0.01))
-    assert [f.reason.split(" ")[0] for f in tally.failures] == ["connection"] * 2
+        port = closed.getsockname()[1]
+    assert [f.reason for f in tally.failures] == [f"connection (ClientConnectorError): does a server run at http://127.0.0.1:{port}/v1/chat/completions?"] * 2
+    assert cache.ledger()[0]["failures"] == {"connection": 4}
+
+
+def test_an_address_that_holds_nothing_is_named_without_its_secrets(cache, monkeypatch):
+    def reason(base):
+        return asyncio.run(ask_all(questions(1), {"server/m": Live("server", PRICE, base)}, cache, QUICK)).failures[0].reason
+
+    with server() as (root, _):
+        bare, nowhere, named = reason(root), reason(f"{root}/v1/nowhere"), reason(root.replace("//", "//me:word@"))
+        monkeypatch.setenv("SERVER_API_KEY", KEY)
+        secret = reason(f"{root}/{KEY}")
+    assert bare.startswith(f"404 at {root}/chat/completions, is /v1 missing from base_url?") and nowhere.startswith(f"404 at {root}/v1/nowhere/chat/completions 404")
+    assert named == bare and KEY not in secret and "/[key]/chat" in secret
 
 
 def test_a_wait_is_as_long_as_asked_and_grows():
@@ -344,6 +358,58 @@ def test_a_cap_is_never_passed(cache):
         assert cache.spent <= 10.5 * most and told()["counts"]["requests"] == tally.replied
         assert ask(questions(60), root, cache, Policy(cap=cache.spent)).replied == 0
         assert ask(questions(60), root, cache, Policy(cap=1.0)).unasked == 0
+
+
+@pytest.mark.parametrize("room", [1.5, 3.5])
+def test_reservations_fill_a_cap_only_while_they_last(cache, room):
+    "A question reserves a hundred times what it costs: with room for one or three at a time, all are answered below the cap."
+    long = questions(40, max_tokens=30_000)
+    cap = room * PRICE.most(long[0]) / 1e9
+    with server(latency=0.01) as (root, told):
+        tally = ask(long, root, cache, Policy(cap=cap), connections=8)
+        assert (tally.replied, tally.unasked, told()["counts"]["requests"]) == (40, 0, 40)
+    assert cache.spent <= cap
+
+
+def test_nobody_waits_for_room_that_cannot_come(cache):
+    "Refused at the same time with nothing under way; and beside questions that stay at the most they can cost."
+    most = PRICE.most(questions(1)[0]) / 1e9
+    with server(hang=1.0) as (root, told):
+        start = time.monotonic()
+        assert ask(questions(30), root, cache, Policy(cap=0.9 * most)).unasked == 30 and time.monotonic() - start < 5
+        tally = ask(questions(30), root, cache, Policy(tries=1, cap=2.9 * most), timeout=0.3)
+        assert (len(tally.failures), tally.unasked) == (2, 28) and told()["counts"]["requests"] == 2 and cache.spent <= 2.9 * most
+
+
+def test_room_that_comes_while_a_question_is_refused_is_seen(cache, monkeypatch):
+    "The only one under way ends before the refusal is heard: its room must not be missed."
+    first, second = questions(2, max_tokens=4000)
+    send, released = cache.send, threading.Event()
+
+    def slow(request, most, cap):  # the refusal is heard late
+        job = send(request, most, cap)
+        job.result(10)
+        released.set() if request is second else None
+        return job
+
+    class Quick:
+        connections, price = 2, PRICE
+
+        async def ask(self, request):
+            while request is first and not released.is_set():
+                await asyncio.sleep(0.001)
+            return Reply("fine", "m", 1, 1, "stop")
+
+        async def close(self):
+            pass
+
+    monkeypatch.setattr(cache, "send", slow)
+    tally = asyncio.run(ask_all([first, second], {"server/m": Quick()}, cache, Policy(cap=1.5 * PRICE.most(first) / 1e9)))
+    assert (tally.replied, tally.unasked) == (2, 0)
+
+
+def test_amounts_keep_their_digits():
+    assert [usd(a) for a in (0, 2.5e-7, 0.0105, 0.25, 3, 12345.678)] == ["$0.00", "$0.00000025", "$0.0105", "$0.25", "$3.00", "$12,345.68"]
 
 
 def test_a_bound_is_above_the_bill():
@@ -521,8 +587,8 @@ def test_what_was_refused_for_free_is_asked_again_where_somebody_is_there(cache)
 
 def test_a_cap_leaves_the_rest_unasked_and_says_how_many(cache):
     with server() as (root, _):
-        traces, aside, tally = traced(40, root, cache, Policy(cap=0.01))
-    assert cache.spent <= 0.01 and tally.unasked > 0 and len(traces) + tally.unasked == 80 and not aside
+        traces, aside, tally = traced(40, root, cache, Policy(cap=0.005))
+    assert cache.spent <= 0.005 and tally.unasked > 0 and len(traces) + tally.unasked == 80 and not aside
 
 
 # ------------------------------------------------------------------------- the stage
@@ -564,7 +630,7 @@ def test_the_stage_asks_a_server_and_replays_without_it(prompts_only, tmp_path, 
 def test_the_stage_says_what_is_missing_and_keeps_what_came(prompts_only, tmp_path, monkeypatch):
     with server() as (root, told):
         with pytest.raises(RuntimeError, match="cap of .* raise geometry.traces.cap"):
-            stage_run(prompts_only, tmp_path / "a", f"{root}/v1", monkeypatch, "teacher.local.output=100 geometry.traces.cap=2")
+            stage_run(prompts_only, tmp_path / "a", f"{root}/v1", monkeypatch, "teacher.local.output=100 geometry.traces.cap=0.8")
         some = told()["counts"]["requests"]
         assert 0 < some < 60 and not (tmp_path / "a" / "traces.jsonl").exists()
         with pytest.raises(RuntimeError, match="questions have no reply yet .*404"):
