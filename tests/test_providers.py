@@ -33,7 +33,7 @@ from valuecot.providers.prices import Price, usd
 from valuecot.providers.requests import Failed, Reply, Request, as_request, canonical
 from valuecot.providers.structured import Malformed, read
 from valuecot.providers.wire import WIRES, read_reply
-from valuecot.teacher.asked import Desk, Quarantined, by_reason, collect, wanted, with_traces
+from valuecot.teacher.asked import Desk, Quarantined, by_reason, collect, outcome, wanted, with_traces
 from valuecot.teacher.audit import audit
 from valuecot.teacher.rules import write_trace
 from valuecot.teacher.schemas import StandardReply
@@ -562,12 +562,15 @@ def test_a_server_that_repeats_its_replies_is_seen_by_the_audit(cache):
     assert 0.95 * repeated <= len(found) <= repeated + 0.05 * len(traces) and len(clean) <= 0.05 * len(traces)
 
 
-def test_what_was_paid_for_and_empty_is_not_asked_again_and_replays(cache, tmp_path):
-    with server(empty=0.15) as (root, told):
+def test_an_empty_reply_is_asked_for_once_more_and_then_put_aside_and_replays(cache, tmp_path):
+    with server(empty=0.4) as (root, told):
         traces, aside, tally = traced(30, root, cache)
-        sent, spent = told()["counts"]["requests"], cache.spent
-        assert sum(q.reason.startswith("empty reply") for q in aside) > 3 and not tally.failures
-        assert traced(30, root, cache)[:2] == (traces, aside) and told()["counts"]["requests"] == sent and cache.spent == spent
+        counts, spent = told()["counts"], cache.spent
+        first = cache.db.execute("SELECT COUNT(*) FROM failures WHERE json_extract(request, '$.sample') = 0").fetchone()[0]
+        assert first > 15 and counts["requests"] == 60 + first and 0 < len(aside) < first and not tally.failures
+        assert len(traces) + len(aside) == 60 and all(q.reason.startswith("empty reply") for q in aside)
+        assert outcome(traces, aside) == f"{len(traces)} traces, {len(aside)} put aside: {len(aside)} x empty reply (stop)"
+        assert traced(30, root, cache)[:2] == (traces, aside) and told()["counts"]["requests"] == counts["requests"] and cache.spent == spent
     export_replies(cache, tmp_path / "all.jsonl.gz")
     with Cache(tmp_path / "other.sqlite") as other:
         import_replies(other, tmp_path / "all.jsonl.gz")
@@ -625,6 +628,28 @@ def test_the_stage_asks_a_server_and_replays_without_it(prompts_only, tmp_path, 
     for name in ("traces.jsonl", "controls.jsonl", "quarantine.jsonl", "replies.jsonl.gz"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes(), name
     assert {t.teacher for t in first} == {"local"} and len(first) > 50
+
+
+def test_replies_that_answer_nothing_are_an_error(cache, tmp_path):
+    from valuecot.geometry.traces import take
+
+    wants = list(wanted(generate(2, seed=0), ("standard",), lambda p: desk(), 60))
+    with pytest.raises(FileNotFoundError, match=r"no \*.jsonl.gz in .*which is no folder"):
+        take(cache, tmp_path / "none", wants)
+    (tmp_path / "theirs").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no \*.jsonl.gz in "):
+        take(cache, tmp_path / "theirs", wants)
+    with Cache(tmp_path / "theirs.sqlite") as theirs:
+        for who, said in (("fake", r"they are for server/fake, the study asks server/m$"), ("m", "server/m, the study asks server/m with other prompts, words")):
+            theirs.keep(questions(1, model=who)[0], Reply("fine", who, 1, 1, "stop"), "live").result()
+            export_replies(theirs, tmp_path / "theirs" / "replies.jsonl.gz", [questions(1, model=who)[0].key])
+            with pytest.raises(ValueError, match=f"1 replies were read, none answers these questions: .*{said}"):
+                take(cache, tmp_path / "theirs", wants)
+        assert cache.db.execute("SELECT COUNT(*) FROM replies").fetchone() == (0,)
+        theirs.keep(wants[0].request, Reply("fine", "m", 1, 1, "stop"), "live").result()
+        export_replies(theirs, tmp_path / "theirs" / "replies.jsonl.gz")
+    take(cache, tmp_path / "theirs", wants)
+    assert cache.reply(wants[0].request).text == "fine"
 
 
 def test_the_stage_says_what_is_missing_and_keeps_what_came(prompts_only, tmp_path, monkeypatch):
