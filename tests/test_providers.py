@@ -556,8 +556,8 @@ def test_a_server_that_repeats_its_replies_is_seen_by_the_audit(cache):
     with server(repeated=0.15) as (root, told):
         traces, aside, _ = traced(100, root, cache)
         repeated = told()["counts"]["repeated"]
-    found = [f for f in audit(generate(100, seed=0), traces) if f.kind == "near-duplicate"]
-    clean = [f for f in audit(generate(100, seed=0), [write_trace(p, s, 80, 0) for p in generate(100, seed=0) for s in ("standard", "annealing")]) if f.kind == "near-duplicate"]
+    found = [f for f in audit(generate(100, seed=0), traces, 80) if f.kind == "near-duplicate"]
+    clean = [f for f in audit(generate(100, seed=0), [write_trace(p, s, 80, 0) for p in generate(100, seed=0) for s in ("standard", "annealing")], 80) if f.kind == "near-duplicate"]
     assert len(traces) == 200 and not aside and repeated > 15
     assert 0.95 * repeated <= len(found) <= repeated + 0.05 * len(traces) and len(clean) <= 0.05 * len(traces)
 
