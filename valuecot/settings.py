@@ -548,7 +548,8 @@ def tell(
     parser.add_argument("--set", default="", dest="overrides", help="section.key=value ...")
     asked = parser.parse_args(argv)
     try:
-        print(said(load(asked.profile, asked.overrides)))
+        if text := said(load(asked.profile, asked.overrides)):
+            print(text)
     except (KeyError, ValueError, OSError, configparser.Error) as error:
         print(f"error: {error.args[0] if error.args else error}", file=sys.stderr)
         return 2
