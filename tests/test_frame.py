@@ -219,6 +219,15 @@ def test_an_unknown_study_or_profile_is_named(capsys):
     assert "did you mean 'geometry'" in (said := capsys.readouterr().err) and "did you mean 'tiny'" in said
 
 
+def test_a_target_is_everything_one_stage_or_a_file(capsys):
+    from valuecot.flow.study import plans as chosen, targets
+
+    some = chosen("geometry", "tiny", "")
+    assert targets(some, "all") == ["all"] and targets(some, "outputs/tiny/x.csv") == ["outputs/tiny/x.csv"]
+    assert [t.rsplit("/", 6)[1:] for t in targets(some, "traces")] == [["geometry", "traces", "all", "all", "all", "run.json"]] and len(targets(some, "spectrum")) == 6
+    assert study(["run", "--study", "geometry", "--target", "trases"]) == 2 and "unknown target 'trases'; did you mean 'traces'" in capsys.readouterr().err
+
+
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
     "A copy of the project whose notebooks and modules may be edited."

@@ -457,14 +457,16 @@ def test_an_export_replays_byte_for_byte(cache, tmp_path, monkeypatch):
     assert export_replies(cache, tmp_path / "c.jsonl.gz", [q.key for q in questions(5)]) == 5
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"no gzip", lambda b: b[:30] + bytes(10) + b[40:]])
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: gzip.compress(b""), lambda b: b"no gzip", lambda b: b[:30] + bytes(10) + b[40:]])
 def test_a_damaged_export_changes_nothing(cache, tmp_path, damage):
     cache.keep(questions(1)[0], Reply("mine", "m", 1, 1, "stop"), "live").result()
     export_replies(cache, tmp_path / "a.jsonl.gz")
     (tmp_path / "a.jsonl.gz").write_bytes(damage((tmp_path / "a.jsonl.gz").read_bytes()))
     with Cache(tmp_path / "theirs.sqlite") as theirs:
-        with pytest.raises(ValueError, match="nothing was imported"):
+        with pytest.raises(ValueError, match="(the file is empty|it was cut off|BadGzipFile|error|Error).*nothing was imported") as error:
             import_replies(theirs, tmp_path / "a.jsonl.gz")
+        size = (tmp_path / "a.jsonl.gz").stat().st_size
+        assert ("the file is empty" in str(error.value)) == (size == 0) and "unpack" not in str(error.value)
         assert theirs.db.execute("SELECT COUNT(*) FROM replies").fetchone() == (0,)
 
 
@@ -770,6 +772,55 @@ def test_two_teachers_that_ask_one_model_in_two_ways_are_refused():
     assert list(backends([one, one])[0]) == ["server/m"]
     with pytest.raises(ValueError, match="two teachers ask server/m in different ways"):
         backends([one, replace(one, effort="low")])
+
+
+FEW = "geometry.sft_prompts=20 geometry.grpo_prompts=1 geometry.heldout_prompts=15 geometry.traces.teachers="
+
+
+@pytest.fixture
+def billed(tmp_path, monkeypatch, capsys):
+    "`python -m valuecot.teacher.bill` in an outputs folder of one's own: its status and what it said."
+    from valuecot.teacher import bill
+
+    monkeypatch.setenv("VALUECOT_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    return lambda *words: (bill.main([*words[:-1], "--set", FEW + words[-1]]), "".join(capsys.readouterr()))
+
+
+def test_a_key_or_folder_that_will_be_missing_is_told_before_a_study_begins(billed, tmp_path, monkeypatch):
+    from valuecot.settings import load
+    from valuecot.teacher.bill import planned_prompts
+    from valuecot.teacher.desks import questions, replies_path
+
+    status, said = billed("check", "gpt-5-nano")
+    assert status == 2 and "70 questions to gpt-5-nano have no reply yet, and nobody can be asked: no key for openai: set OPENAI_API_KEY" in said
+    assert billed("check", f"gpt-5-nano geometry.traces.replies={tmp_path}") == (0, "") and billed("check", "rules") == (0, "")
+    for words in (("check",), ()):
+        status, said = billed(*words, "transformers teacher.transformers.model=models/of/mine")
+        assert status == 2 and "no such folder: models/of/mine" in said
+    settings = load("tiny", FEW + "gpt-5-nano")
+    with Cache(replies_path()) as cache:
+        for want in questions(settings, planned_prompts(settings)[0]):
+            job = cache.keep(want.request, Reply("fine", "m", 1, 1, "stop"), "live")
+        job.result()
+    assert billed("check", "gpt-5-nano") == (0, "")  # all replies are here: a replay needs no key
+
+
+def test_a_plan_says_what_it_downloads_and_whether_the_cap_is_wide_enough(billed):
+    assert "needs a download, unless it was downloaded before: teacher.transformers.model = Qwen/Qwen2.5-7B-Instruct" in billed("transformers")[1]
+    assert "the cap leaves" not in billed("gpt-5-nano")[1] and "the cap leaves" not in billed("rules geometry.traces.cap=0")[1]
+    assert "the cap leaves $0.001, less than the likely $0.0" in billed("gpt-5-nano geometry.traces.cap=0.001")[1]
+    assert "the cap leaves $0.02, less than the most that it may cost, $0.12" in billed("gpt-5-nano geometry.traces.cap=0.02")[1]
+
+
+def test_a_folder_of_a_model_has_the_same_name_with_and_without_it(tmp_path):
+    from valuecot.settings import load
+    from valuecot.teacher.desks import model_name
+
+    model = replace(load("tiny")["teacher.transformers"], model=str(tmp_path / "mine"))
+    absent = model_name(model)
+    (tmp_path / "mine").mkdir()
+    assert absent == model_name(model) and absent.startswith("mine-") and model_name(replace(model, model="owner/name")) == "owner/name"
 
 
 def test_a_redirect_does_not_take_the_key_along(cache, monkeypatch):
