@@ -3,6 +3,7 @@ PROFILE ?= tiny
 STUDY   ?= all
 JOBS    ?= 2
 SET     ?=
+TARGET  ?= all
 PIP_ARGS ?=
 
 # the first interpreter of a supported version (3.11, 3.12)
@@ -33,8 +34,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(PY) -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dev,companion]"
 	@touch $@
 
-study: env ## run the study and build its pages: PROFILE=tiny|small|paper STUDY=all|geometry|steerable JOBS=2 SET="section.key=value ..."
-	@$(FLOW) run --profile $(PROFILE) --study $(STUDY) --jobs $(JOBS) --set $(call quoted,$(SET))
+study: env ## run the study and build its pages: PROFILE=tiny|small|paper STUDY=all|geometry|steerable JOBS=2 SET="section.key=value ..."; TARGET=traces: one stage and what it needs
+	@test $(STUDY) = steerable || test -z "$(filter all traces,$(TARGET))" || $(PY) -m valuecot.teacher.bill check --profile $(PROFILE) --set $(call quoted,$(SET))
+	@$(FLOW) run --profile $(PROFILE) --study $(STUDY) --jobs $(JOBS) --target $(TARGET) --set $(call quoted,$(SET))
 
 plan: env ## what would run, and what it needs in memory, time and downloads; runs nothing
 	@$(FLOW) plan --profile $(PROFILE) --study $(STUDY) --set $(call quoted,$(SET))
@@ -42,7 +44,7 @@ plan: env ## what would run, and what it needs in memory, time and downloads; ru
 	@test $(STUDY) = steerable || $(PY) -m valuecot.teacher.bill --profile $(PROFILE) --set $(call quoted,$(SET))
 
 dry: env ## what Snakemake would run, and why
-	@$(FLOW) dry --profile $(PROFILE) --study $(STUDY) --jobs $(JOBS) --set $(call quoted,$(SET))
+	@$(FLOW) dry --profile $(PROFILE) --study $(STUDY) --jobs $(JOBS) --target $(TARGET) --set $(call quoted,$(SET))
 
 test: env ## all tests: notebooks, as written and against the package, and tests/; JOBS=2 files at a time
 	@$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not prove"
@@ -56,7 +58,7 @@ peers: env ## other curvature packages, for benchmarks and tests, without their 
 bench: env peers ## side by side: curvature against its peers, the study against its budget -> outputs/bench/ (ARGS="curvature")
 	@$(PY) benchmarks/budget.py $(ARGS)
 
-publish: env ## send the traces of PROFILE and SET to the Hugging Face hub, as the private data set REPO=owner/name; MODEL=grpo/qwen/standard/seed0 TO=owner/name: a checkpoint with its card, sent with SEND=yes
+publish: env ## send the traces of PROFILE and SET to the Hugging Face hub, as the private data set REPO=owner/name (a token with write access); MODEL=grpo/qwen/standard/seed0 TO=owner/name: a checkpoint with its card, sent with SEND=yes
 ifeq ($(MODEL),)
 	@$(PY) -m valuecot.geometry.release $(PROFILE) $(call quoted,$(REPO)) $(call quoted,$(SET))
 else

@@ -11,15 +11,16 @@ import pytest
 from valuecot.data.conflictscope import load_folder
 from valuecot.data.world import generate
 from valuecot.geometry import audit as audit_stage
+from valuecot.settings import load
 from valuecot.store import read_json
 from valuecot.teacher.asked import Quarantined
-from valuecot.teacher.audit import CHECKS, audit, rates
+from valuecot.teacher.audit import CHECKS, LENGTH, audit, other_length, rates
 from valuecot.teacher.rules import write_trace
 from valuecot.teacher.styles import assemble, sentences
 from valuecot.view.browser import PAGES
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "conflictscope"
-N = 300
+N, WORDS = 300, 100
 
 
 @pytest.fixture(scope="module", params=["world", "conflictscope"])
@@ -28,7 +29,7 @@ def material(request):
     if request.param == "conflictscope" and not SHARED.is_dir():
         pytest.skip("ConflictScope's files are not beside the project")
     prompts = generate(N, seed=0) if request.param == "world" else random.Random(0).sample(load_folder(SHARED), N)
-    return prompts, [write_trace(p, s, 100, 0) for p in prompts for s in ("standard", "annealing")]
+    return prompts, [write_trace(p, s, WORDS, 0) for p in prompts for s in ("standard", "annealing")]
 
 
 def phases(trace, *texts):
@@ -56,6 +57,7 @@ PLANTS = {  # kind -> (trace, random) -> faulty trace; None where it does not ap
     "a verdict while exploring": lambda t, rng: phases(t, t.phases[0] + rng.choice([" I will do that.", " So this comes first.", " This counts more."]), *t.phases[1:]) if t.style == "annealing" else None,
     "refusal": lambda t, rng: replace(t, response=rng.choice(["I'm sorry, but I cannot help with that.", "I can't assist with this request.", "As an AI, I have no view.", "I won't help here."])),
     "another layout": lambda t, rng: replace(t, reasoning=t.reasoning.replace("Phase 2", "Part 2")) if t.style == "annealing" else None,
+    LENGTH: lambda t, rng: phases(t, t.phases[0] + " It is so." * rng.choice([4, 8, 20]), *t.phases[1:]),
     "unequal length": lambda t, rng: phases(t, t.phases[0] + " It is so." * 20, *t.phases[1:]) if t.style == "annealing" else None,
 }
 
@@ -70,7 +72,7 @@ def test_planted_faults_are_found(material, kind):
         if faulty is not None:
             planted[place] = faulty
     mixed = [planted.get(i, t) for i, t in enumerate(traces)]
-    hit = {(f.prompt_id, f.style) for f in audit(prompts, mixed) if f.kind == kind}
+    hit = {(f.prompt_id, f.style) for f in audit(prompts, mixed, WORDS) if f.kind == kind}
     found = sum((t.prompt_id, t.style) in hit for t in planted.values())
     print(f"{kind}: {found} of {len(planted)} found")
     assert len(planted) > 60 and found >= 0.95 * len(planted)
@@ -85,25 +87,32 @@ def test_near_duplicates_are_found(material):
         changed = " ".join(parts[:-1] + ["So it is settled now."]) if len(parts) > 3 else source.phases[-1]
         mixed[place] = replace(phases(source, *source.phases[:-1], changed), prompt_id=traces[place].prompt_id)
         planted.append(mixed[place])
-    hit = {(f.prompt_id, f.style) for f in audit(prompts, mixed) if f.kind == "near-duplicate"}
+    hit = {(f.prompt_id, f.style) for f in audit(prompts, mixed, WORDS) if f.kind == "near-duplicate"}
     assert sum((t.prompt_id, t.style) in hit for t in planted) >= 95
 
 
 def test_false_alarms_are_few(material):
     prompts, traces = material
     share = {r["kind"]: 0.0 for r in rates([], traces)}
-    for row in rates(audit(prompts, traces), traces):
+    for row in rates(audit(prompts, traces, WORDS), traces):
         share[row["kind"]] += row["traces"] / len(traces)
     print({k: round(v, 4) for k, v in share.items()})
-    assert set(share) == {*CHECKS, "unequal length", "near-duplicate"}
+    assert set(share) == {*CHECKS, LENGTH, "unequal length", "near-duplicate"}
     assert max(share.values()) <= 0.05
+
+
+def test_a_length_is_held_to_a_tenth_of_what_was_asked():
+    trace = write_trace(generate(1, seed=0)[0], "annealing", 80, 0)
+    count = sum(len(p.split()) for p in trace.phases)
+    assert other_length(trace, 45) == [f"reasoning of {count} words, 45 asked"] and other_length(trace, None) == []
+    assert [asked for asked in range(80, 105) if not other_length(replace(trace, phases=("word " * 90,)), asked)] == list(range(82, 101))
 
 
 def test_rates_count_traces_and_not_findings():
     prompts = generate(3, seed=0)
-    traces = [write_trace(p, "standard", 60, 0) for p in prompts]
+    traces = [write_trace(p, "standard", WORDS, 0) for p in prompts]
     traces[0] = replace(traces[0], value_1="one two three four", value_2="five six seven eight")
-    row = next(r for r in rates(audit(prompts, traces), traces) if r["kind"] == "a value's name is too long")
+    row = next(r for r in rates(audit(prompts, traces, WORDS), traces) if r["kind"] == "a value's name is too long")
     assert (row["traces"], row["of"]) == (1, 3)
 
 
@@ -123,12 +132,20 @@ def test_the_page_counts_what_the_traces_hold(outputs):
 
 def test_what_was_put_aside_is_on_the_page_with_its_reason():
     prompts = generate(3, seed=0)
-    traces = [write_trace(p, s, 60, 0) for p in prompts for s in ("standard", "annealing")][:-1]
+    traces = [write_trace(p, s, WORDS, 0) for p in prompts for s in ("standard", "annealing")][:-1]
     aside = [Quarantined(prompts[2].id, "annealing", "rules", "no JSON object in the reply <b>", "")]
-    found = audit_stage.entries(prompts, traces, audit(prompts, traces), aside)
+    found = audit_stage.entries(prompts, traces, audit(prompts, traces, WORDS), aside)
     assert len(found) == 3 and "put aside" in found[2].marks["audit saw"] and "reply &lt;b&gt;" in found[2].body.text and found[0].marks["audit saw"] == ("nothing",)
     rows = audit_stage.length_rows(traces)
     assert audit_stage.difference_table(rows)["prompts"].tolist() == [2]  # the pair that is not whole is no pair
+
+
+def test_a_length_that_no_template_asks_for_is_no_fault(tmp_path):
+    settings = load("test")["geometry.traces"]
+    assert audit_stage.words_asked(settings) == settings.words
+    for text, asked in (("{prompt} in {words} words", settings.words), ("{prompt}", None)):
+        (tmp_path / "standard.txt").write_text(text)
+        assert audit_stage.words_asked(replace(settings, templates=str(tmp_path))) == asked
 
 
 def test_an_audit_of_nothing_says_so():

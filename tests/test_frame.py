@@ -80,11 +80,22 @@ def test_published_numbers_equal_the_reference():
         ("geometry.design.seeds=0,0", "name each once"),
         ("geometry.design.arms=", "at least one"),
         ("geometry.sft.epochs", "section.key=value"),
+        ("teacher.rules.provider=google", "needs its price"),
+        ("teacher.rules.provider=openai teacher.rules.input=1", "needs its price"),
+        ("teacher.local.base_url=localhost:8000/v1", "begins with http:// or https://"),
+        ("teacher.mine.model=x", r"add a section \[teacher.mine\]"),
+        ("geometry.traces.teachers=mine", r"add a section \[teacher.mine\]"),
     ],
 )
 def test_a_wrong_setting_is_refused(overrides, message):
     with pytest.raises((KeyError, ValueError), match=message):
         load("tiny", overrides)
+
+
+def test_a_price_of_nothing_is_written_or_has_no_seller():
+    free = load("tiny", "teacher.rules.provider=openai teacher.rules.input=0 teacher.rules.output=0")["teacher.rules"]
+    local = load("tiny")["teacher.transformers"]
+    assert (free.input, free.output, local.input, local.output) == (0.0, 0.0, 0.0, 0.0)
 
 
 def test_a_wrong_file_is_refused(tmp_path):
@@ -206,6 +217,15 @@ def test_a_missing_prompts_folder_is_found_before_anything_runs(capsys):
 def test_an_unknown_study_or_profile_is_named(capsys):
     assert study(["plan", "--study", "geometri"]) == 2 and study(["plan", "--profile", "tinny"]) == 2
     assert "did you mean 'geometry'" in (said := capsys.readouterr().err) and "did you mean 'tiny'" in said
+
+
+def test_a_target_is_everything_one_stage_or_a_file(capsys):
+    from valuecot.flow.study import plans as chosen, targets
+
+    some = chosen("geometry", "tiny", "")
+    assert targets(some, "all") == ["all"] and targets(some, "outputs/tiny/x.csv") == ["outputs/tiny/x.csv"]
+    assert [t.rsplit("/", 6)[1:] for t in targets(some, "traces")] == [["geometry", "traces", "all", "all", "all", "run.json"]] and len(targets(some, "spectrum")) == 6
+    assert study(["run", "--study", "geometry", "--target", "trases"]) == 2 and "unknown target 'trases'; did you mean 'traces'" in capsys.readouterr().err
 
 
 @pytest.fixture

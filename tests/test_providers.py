@@ -29,11 +29,11 @@ from valuecot.companion import pages
 from valuecot.data.world import generate
 from valuecot.providers.asking import Live, Policy, ask_all, seconds
 from valuecot.providers.cache import Cache, Writer, export_replies, import_replies
-from valuecot.providers.prices import Price
+from valuecot.providers.prices import Price, usd
 from valuecot.providers.requests import Failed, Reply, Request, as_request, canonical
 from valuecot.providers.structured import Malformed, read
 from valuecot.providers.wire import WIRES, read_reply
-from valuecot.teacher.asked import Desk, Quarantined, by_reason, collect, wanted, with_traces
+from valuecot.teacher.asked import Desk, Quarantined, by_reason, collect, outcome, wanted, with_traces
 from valuecot.teacher.audit import audit
 from valuecot.teacher.rules import write_trace
 from valuecot.teacher.schemas import StandardReply
@@ -225,7 +225,21 @@ def test_a_server_that_is_not_there(cache):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         tally = ask(questions(2), f"http://127.0.0.1:{closed.getsockname()[1]}", cache, Policy(tries=2, first_wait=0.01))
-    assert [f.reason.split(" ")[0] for f in tally.failures] == ["connection"] * 2
+        port = closed.getsockname()[1]
+    assert [f.reason for f in tally.failures] == [f"connection (ClientConnectorError): does a server run at http://127.0.0.1:{port}/v1/chat/completions?"] * 2
+    assert cache.ledger()[0]["failures"] == {"connection": 4}
+
+
+def test_an_address_that_holds_nothing_is_named_without_its_secrets(cache, monkeypatch):
+    def reason(base):
+        return asyncio.run(ask_all(questions(1), {"server/m": Live("server", PRICE, base)}, cache, QUICK)).failures[0].reason
+
+    with server() as (root, _):
+        bare, nowhere, named = reason(root), reason(f"{root}/v1/nowhere"), reason(root.replace("//", "//me:word@"))
+        monkeypatch.setenv("SERVER_API_KEY", KEY)
+        secret = reason(f"{root}/{KEY}")
+    assert bare.startswith(f"404 at {root}/chat/completions, is /v1 missing from base_url?") and nowhere.startswith(f"404 at {root}/v1/nowhere/chat/completions 404")
+    assert named == bare and KEY not in secret and "/[key]/chat" in secret
 
 
 def test_a_wait_is_as_long_as_asked_and_grows():
@@ -346,6 +360,58 @@ def test_a_cap_is_never_passed(cache):
         assert ask(questions(60), root, cache, Policy(cap=1.0)).unasked == 0
 
 
+@pytest.mark.parametrize("room", [1.5, 3.5])
+def test_reservations_fill_a_cap_only_while_they_last(cache, room):
+    "A question reserves a hundred times what it costs: with room for one or three at a time, all are answered below the cap."
+    long = questions(40, max_tokens=30_000)
+    cap = room * PRICE.most(long[0]) / 1e9
+    with server(latency=0.01) as (root, told):
+        tally = ask(long, root, cache, Policy(cap=cap), connections=8)
+        assert (tally.replied, tally.unasked, told()["counts"]["requests"]) == (40, 0, 40)
+    assert cache.spent <= cap
+
+
+def test_nobody_waits_for_room_that_cannot_come(cache):
+    "Refused at the same time with nothing under way; and beside questions that stay at the most they can cost."
+    most = PRICE.most(questions(1)[0]) / 1e9
+    with server(hang=1.0) as (root, told):
+        start = time.monotonic()
+        assert ask(questions(30), root, cache, Policy(cap=0.9 * most)).unasked == 30 and time.monotonic() - start < 5
+        tally = ask(questions(30), root, cache, Policy(tries=1, cap=2.9 * most), timeout=0.3)
+        assert (len(tally.failures), tally.unasked) == (2, 28) and told()["counts"]["requests"] == 2 and cache.spent <= 2.9 * most
+
+
+def test_room_that_comes_while_a_question_is_refused_is_seen(cache, monkeypatch):
+    "The only one under way ends before the refusal is heard: its room must not be missed."
+    first, second = questions(2, max_tokens=4000)
+    send, released = cache.send, threading.Event()
+
+    def slow(request, most, cap):  # the refusal is heard late
+        job = send(request, most, cap)
+        job.result(10)
+        released.set() if request is second else None
+        return job
+
+    class Quick:
+        connections, price = 2, PRICE
+
+        async def ask(self, request):
+            while request is first and not released.is_set():
+                await asyncio.sleep(0.001)
+            return Reply("fine", "m", 1, 1, "stop")
+
+        async def close(self):
+            pass
+
+    monkeypatch.setattr(cache, "send", slow)
+    tally = asyncio.run(ask_all([first, second], {"server/m": Quick()}, cache, Policy(cap=1.5 * PRICE.most(first) / 1e9)))
+    assert (tally.replied, tally.unasked) == (2, 0)
+
+
+def test_amounts_keep_their_digits():
+    assert [usd(a) for a in (0, 2.5e-7, 0.0105, 0.25, 3, 12345.678)] == ["$0.00", "$0.00000025", "$0.0105", "$0.25", "$3.00", "$12,345.68"]
+
+
 def test_a_bound_is_above_the_bill():
     for text in ("q", "Ä" * 50, "word " * 400, "🙂" * 30, '"\\\n' * 40):
         request = Request("server", "m", (("user", text),), 100, schema=SCHEMA)
@@ -391,14 +457,16 @@ def test_an_export_replays_byte_for_byte(cache, tmp_path, monkeypatch):
     assert export_replies(cache, tmp_path / "c.jsonl.gz", [q.key for q in questions(5)]) == 5
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"no gzip", lambda b: b[:30] + bytes(10) + b[40:]])
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: gzip.compress(b""), lambda b: b"no gzip", lambda b: b[:30] + bytes(10) + b[40:]])
 def test_a_damaged_export_changes_nothing(cache, tmp_path, damage):
     cache.keep(questions(1)[0], Reply("mine", "m", 1, 1, "stop"), "live").result()
     export_replies(cache, tmp_path / "a.jsonl.gz")
     (tmp_path / "a.jsonl.gz").write_bytes(damage((tmp_path / "a.jsonl.gz").read_bytes()))
     with Cache(tmp_path / "theirs.sqlite") as theirs:
-        with pytest.raises(ValueError, match="nothing was imported"):
+        with pytest.raises(ValueError, match="(the file is empty|it was cut off|BadGzipFile|error|Error).*nothing was imported") as error:
             import_replies(theirs, tmp_path / "a.jsonl.gz")
+        size = (tmp_path / "a.jsonl.gz").stat().st_size
+        assert ("the file is empty" in str(error.value)) == (size == 0) and "unpack" not in str(error.value)
         assert theirs.db.execute("SELECT COUNT(*) FROM replies").fetchone() == (0,)
 
 
@@ -490,18 +558,21 @@ def test_a_server_that_repeats_its_replies_is_seen_by_the_audit(cache):
     with server(repeated=0.15) as (root, told):
         traces, aside, _ = traced(100, root, cache)
         repeated = told()["counts"]["repeated"]
-    found = [f for f in audit(generate(100, seed=0), traces) if f.kind == "near-duplicate"]
-    clean = [f for f in audit(generate(100, seed=0), [write_trace(p, s, 80, 0) for p in generate(100, seed=0) for s in ("standard", "annealing")]) if f.kind == "near-duplicate"]
+    found = [f for f in audit(generate(100, seed=0), traces, 80) if f.kind == "near-duplicate"]
+    clean = [f for f in audit(generate(100, seed=0), [write_trace(p, s, 80, 0) for p in generate(100, seed=0) for s in ("standard", "annealing")], 80) if f.kind == "near-duplicate"]
     assert len(traces) == 200 and not aside and repeated > 15
     assert 0.95 * repeated <= len(found) <= repeated + 0.05 * len(traces) and len(clean) <= 0.05 * len(traces)
 
 
-def test_what_was_paid_for_and_empty_is_not_asked_again_and_replays(cache, tmp_path):
-    with server(empty=0.15) as (root, told):
+def test_an_empty_reply_is_asked_for_once_more_and_then_put_aside_and_replays(cache, tmp_path):
+    with server(empty=0.4) as (root, told):
         traces, aside, tally = traced(30, root, cache)
-        sent, spent = told()["counts"]["requests"], cache.spent
-        assert sum(q.reason.startswith("empty reply") for q in aside) > 3 and not tally.failures
-        assert traced(30, root, cache)[:2] == (traces, aside) and told()["counts"]["requests"] == sent and cache.spent == spent
+        counts, spent = told()["counts"], cache.spent
+        first = cache.db.execute("SELECT COUNT(*) FROM failures WHERE json_extract(request, '$.sample') = 0").fetchone()[0]
+        assert first > 15 and counts["requests"] == 60 + first and 0 < len(aside) < first and not tally.failures
+        assert len(traces) + len(aside) == 60 and all(q.reason.startswith("empty reply") for q in aside)
+        assert outcome(traces, aside) == f"{len(traces)} traces, {len(aside)} put aside: {len(aside)} x empty reply (stop)"
+        assert traced(30, root, cache)[:2] == (traces, aside) and told()["counts"]["requests"] == counts["requests"] and cache.spent == spent
     export_replies(cache, tmp_path / "all.jsonl.gz")
     with Cache(tmp_path / "other.sqlite") as other:
         import_replies(other, tmp_path / "all.jsonl.gz")
@@ -521,8 +592,8 @@ def test_what_was_refused_for_free_is_asked_again_where_somebody_is_there(cache)
 
 def test_a_cap_leaves_the_rest_unasked_and_says_how_many(cache):
     with server() as (root, _):
-        traces, aside, tally = traced(40, root, cache, Policy(cap=0.01))
-    assert cache.spent <= 0.01 and tally.unasked > 0 and len(traces) + tally.unasked == 80 and not aside
+        traces, aside, tally = traced(40, root, cache, Policy(cap=0.005))
+    assert cache.spent <= 0.005 and tally.unasked > 0 and len(traces) + tally.unasked == 80 and not aside
 
 
 # ------------------------------------------------------------------------- the stage
@@ -561,10 +632,32 @@ def test_the_stage_asks_a_server_and_replays_without_it(prompts_only, tmp_path, 
     assert {t.teacher for t in first} == {"local"} and len(first) > 50
 
 
+def test_replies_that_answer_nothing_are_an_error(cache, tmp_path):
+    from valuecot.geometry.traces import take
+
+    wants = list(wanted(generate(2, seed=0), ("standard",), lambda p: desk(), 60))
+    with pytest.raises(FileNotFoundError, match=r"no \*.jsonl.gz in .*which is no folder"):
+        take(cache, tmp_path / "none", wants)
+    (tmp_path / "theirs").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no \*.jsonl.gz in "):
+        take(cache, tmp_path / "theirs", wants)
+    with Cache(tmp_path / "theirs.sqlite") as theirs:
+        for who, said in (("fake", r"they are for server/fake, the study asks server/m$"), ("m", "server/m, the study asks server/m with other prompts, words")):
+            theirs.keep(questions(1, model=who)[0], Reply("fine", who, 1, 1, "stop"), "live").result()
+            export_replies(theirs, tmp_path / "theirs" / "replies.jsonl.gz", [questions(1, model=who)[0].key])
+            with pytest.raises(ValueError, match=f"1 replies were read, none answers these questions: .*{said}"):
+                take(cache, tmp_path / "theirs", wants)
+        assert cache.db.execute("SELECT COUNT(*) FROM replies").fetchone() == (0,)
+        theirs.keep(wants[0].request, Reply("fine", "m", 1, 1, "stop"), "live").result()
+        export_replies(theirs, tmp_path / "theirs" / "replies.jsonl.gz")
+    take(cache, tmp_path / "theirs", wants)
+    assert cache.reply(wants[0].request).text == "fine"
+
+
 def test_the_stage_says_what_is_missing_and_keeps_what_came(prompts_only, tmp_path, monkeypatch):
     with server() as (root, told):
         with pytest.raises(RuntimeError, match="cap of .* raise geometry.traces.cap"):
-            stage_run(prompts_only, tmp_path / "a", f"{root}/v1", monkeypatch, "teacher.local.output=100 geometry.traces.cap=2")
+            stage_run(prompts_only, tmp_path / "a", f"{root}/v1", monkeypatch, "teacher.local.output=100 geometry.traces.cap=0.8")
         some = told()["counts"]["requests"]
         assert 0 < some < 60 and not (tmp_path / "a" / "traces.jsonl").exists()
         with pytest.raises(RuntimeError, match="questions have no reply yet .*404"):
@@ -679,6 +772,55 @@ def test_two_teachers_that_ask_one_model_in_two_ways_are_refused():
     assert list(backends([one, one])[0]) == ["server/m"]
     with pytest.raises(ValueError, match="two teachers ask server/m in different ways"):
         backends([one, replace(one, effort="low")])
+
+
+FEW = "geometry.sft_prompts=20 geometry.grpo_prompts=1 geometry.heldout_prompts=15 geometry.traces.teachers="
+
+
+@pytest.fixture
+def billed(tmp_path, monkeypatch, capsys):
+    "`python -m valuecot.teacher.bill` in an outputs folder of one's own: its status and what it said."
+    from valuecot.teacher import bill
+
+    monkeypatch.setenv("VALUECOT_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    return lambda *words: (bill.main([*words[:-1], "--set", FEW + words[-1]]), "".join(capsys.readouterr()))
+
+
+def test_a_key_or_folder_that_will_be_missing_is_told_before_a_study_begins(billed, tmp_path, monkeypatch):
+    from valuecot.settings import load
+    from valuecot.teacher.bill import planned_prompts
+    from valuecot.teacher.desks import questions, replies_path
+
+    status, said = billed("check", "gpt-5-nano")
+    assert status == 2 and "70 questions to gpt-5-nano have no reply yet, and nobody can be asked: no key for openai: set OPENAI_API_KEY" in said
+    assert billed("check", f"gpt-5-nano geometry.traces.replies={tmp_path}") == (0, "") and billed("check", "rules") == (0, "")
+    for words in (("check",), ()):
+        status, said = billed(*words, "transformers teacher.transformers.model=models/of/mine")
+        assert status == 2 and "no such folder: models/of/mine" in said
+    settings = load("tiny", FEW + "gpt-5-nano")
+    with Cache(replies_path()) as cache:
+        for want in questions(settings, planned_prompts(settings)[0]):
+            job = cache.keep(want.request, Reply("fine", "m", 1, 1, "stop"), "live")
+        job.result()
+    assert billed("check", "gpt-5-nano") == (0, "")  # all replies are here: a replay needs no key
+
+
+def test_a_plan_says_what_it_downloads_and_whether_the_cap_is_wide_enough(billed):
+    assert "needs a download, unless it was downloaded before: teacher.transformers.model = Qwen/Qwen2.5-7B-Instruct" in billed("transformers")[1]
+    assert "the cap leaves" not in billed("gpt-5-nano")[1] and "the cap leaves" not in billed("rules geometry.traces.cap=0")[1]
+    assert "the cap leaves $0.001, less than the likely $0.0" in billed("gpt-5-nano geometry.traces.cap=0.001")[1]
+    assert "the cap leaves $0.02, less than the most that it may cost, $0.12" in billed("gpt-5-nano geometry.traces.cap=0.02")[1]
+
+
+def test_a_folder_of_a_model_has_the_same_name_with_and_without_it(tmp_path):
+    from valuecot.settings import load
+    from valuecot.teacher.desks import model_name
+
+    model = replace(load("tiny")["teacher.transformers"], model=str(tmp_path / "mine"))
+    absent = model_name(model)
+    (tmp_path / "mine").mkdir()
+    assert absent == model_name(model) and absent.startswith("mine-") and model_name(replace(model, model="owner/name")) == "owner/name"
 
 
 def test_a_redirect_does_not_take_the_key_along(cache, monkeypatch):

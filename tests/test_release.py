@@ -16,7 +16,8 @@ from valuecot.settings import load
 from valuecot.store import read_json, read_records, write_records
 from valuecot.teacher.asked import Quarantined
 from valuecot.teacher.audit import Finding
-from valuecot.teacher.release import card, origin, released
+from valuecot.providers.requests import Reply
+from valuecot.teacher.release import COLUMNS, card, origin, released, without_quotes
 from valuecot.types import Prompt, Trace
 
 
@@ -79,8 +80,51 @@ def test_without_a_licence_no_text_leaves(begun):
 def test_a_reason_may_quote_and_is_withheld_too(begun):
     prompt = read_records(begun.inputs["prompts/all/all/all"] / "prompts.jsonl", Prompt)[0]
     aside = [Quarantined(prompt.id, "annealing", "rules", f"need 4 words, got 3: '{prompt.text[:30]}'", "")]
-    with_texts, without = (card(load("test", o)["geometry"], {}, [], aside, {}, "test") for o in ("", "geometry.prompts=some/folder"))
+    with_texts, without = (card(load("test", o), [], aside, 10, {}, "today") for o in ("", "geometry.prompts=some/folder"))
     assert prompt.text[:30] in with_texts and prompt.text[:30] not in without and "withheld, since it may quote" in without
+
+
+@pytest.mark.parametrize("reason", [
+    "empty reply (stop)", "empty reply (content_filter)", "refusal", "refusal (SAFETY)", "cut off: the reply reached its longest length", "no JSON object in the reply", "2 different objects in the reply, one asked",
+    "no matched form: 1 phases, 20 words", "values.value_2 is missing", "values.value_1 has 5 words, at most three allowed; response.cot is blank",
+])  # fmt: skip
+def test_a_reason_that_quotes_nothing_is_told(reason):
+    assert without_quotes(reason) == reason
+
+
+@pytest.mark.parametrize("reason, told", [
+    ("400 'my sister' is too long", "400, the rest is withheld, since"), ("my_sister is not asked for", "withheld, since"), ("empty reply (my sister)x", "withheld, since"), ("values.value_1 is missing; my sister is missing", "withheld, since"),
+    ("need 4 words to quote 2 details, got 1: 'my sister'", "withheld, since"), ("ValueError: my sister", "withheld, since"), ("404 at http://my.sister/v1", "404, the rest is withheld, since"), ("no JSON object in the reply\nmy sister", "withheld, since"),
+])  # fmt: skip
+def test_a_reason_that_may_quote_is_withheld(reason, told):
+    assert without_quotes(reason).startswith(told) and "sister" not in without_quotes(reason)
+
+
+def test_the_reasons_of_this_project_are_known_to_it():
+    "Those that the code raises, not a list of their own."
+    from valuecot.providers.structured import Malformed, read
+    from valuecot.teacher.schemas import AnnealingReply, StandardReply
+
+    reasons = []
+    for kind in (StandardReply, AnnealingReply):
+        for text in ("nothing", '{"values": 3}', '{"values": {"value_1": "a b c d"}, "response": {"cot": " ", "final_response": "<think>"}, "annealing_cot": {"phase_1_high_temp": 1}, "final_model_response": "x"}'):
+            with pytest.raises(Malformed) as error:
+                read(Reply(text, "m", 1, 1, "stop"), kind)
+            reasons += [part for part in str(error.value).split("; ") if not part.endswith("is not asked for")]
+    assert len(reasons) > 12 and [r for r in reasons if without_quotes(r) != r] == []
+
+
+def test_the_card_describes_every_column_and_what_was_lost(begun):
+    told = run_release(begun)
+    files = [str(p) for p in (begun.out / "data").glob("*.parquet")]
+    columns = load_dataset("parquet", data_files=files, split="train", cache_dir=str(begun.out.parent / "cache")).column_names
+    assert list(COLUMNS) == columns and all(f"| `{c}` |" in told for c in columns) and "withheld here" not in told
+    for part in ("load_dataset(", "made from standard and annealing: is it length?", "`{words}` is 45", "another value pair", "revision ", "written on 20", "A style has fewer rows"):
+        assert part in told, part
+    aside = [Quarantined(name, "annealing", "rules", "refusal", "") for name in ("a", "a", "b")]
+    assert "2 of 8 prompts (25.0 %)" in card(load("test"), [], aside, 8, {}, "today")
+    live = card(load("test", "geometry.traces.teachers=gpt-5-nano"), [], [], 8, {}, "today")
+    assert "gpt-5-nano, effort as the provider has it, at most 4,096 tokens of a reply" in live
 
 
 def test_findings_in_one_split_alone_still_load(begun, tmp_path):
@@ -109,11 +153,12 @@ def test_publishing_needs_a_release_a_name_and_a_network(outputs, tmp_path):
         env = os.environ | {"VALUECOT_OUTPUTS": str(folder), "HF_HUB_OFFLINE": "1"}
         return subprocess.run([sys.executable, "-m", "valuecot.geometry.release", *words], env=env, capture_output=True, text=True)
 
-    assert "usage" in publish(tmp_path, "test").stderr and "usage" in publish(tmp_path, "test", "no-owner").stderr
+    assert "usage: make publish PROFILE=tiny REPO=owner/name" in publish(tmp_path, "test").stderr and "usage" in publish(tmp_path, "test", "no-owner").stderr
     none = publish(tmp_path, "test", "owner/name")
     assert none.returncode == 2 and "this stage needs release" in none.stderr and "run `make study" in none.stderr
     offline = publish(outputs, "test", "owner/name")
     assert offline.returncode == 2 and "nothing was published" in offline.stderr and "Traceback" not in offline.stderr
+    assert "https://huggingface.co did not take it" in offline.stderr and "token with write access" in offline.stderr
 
 
 def test_publishing_sends_the_release_alone_and_in_private(outputs, monkeypatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import configparser
 import difflib
+import math
 import os
 import re
 import shlex
@@ -99,8 +100,8 @@ class TeacherModel:
     provider: Literal["openai", "google", "anthropic", "server", "transformers", "rules"]
     model: str  # as the provider calls it; transformers: a folder or a repository; rules: any name
     base_url: str = ""  # the provider's own
-    input: float = 0.0  # dollars per million tokens
-    output: float = 0.0  # thinking included
+    input: float = math.nan  # dollars per million tokens; a provider that sells them must have it written, 0 allowed
+    output: float = math.nan  # thinking included; as input
     batch: float = 1.0  # share of the price that a batch costs
     batched: bool = False  # asked in the provider's batch queue, within 24 hours
     max_tokens: int = 4096  # of a reply, thinking included
@@ -111,8 +112,16 @@ class TeacherModel:
     timeout: float = 120.0  # seconds for one try
 
     def __post_init__(self):
+        sold = self.provider in ("openai", "google", "anthropic")
+        for name in ("input", "output"):
+            if math.isnan(getattr(self, name)):
+                if sold:  # a price of 0 by default would switch the cap off
+                    raise ValueError(f"a teacher with provider = {self.provider} needs its price, input and output in dollars per million tokens, or the cap cannot hold; 0 is a price too (model {self.model})")
+                object.__setattr__(self, name, 0.0)
         if self.provider == "server" and not self.base_url:
             raise ValueError(f"a teacher with provider = server needs a base_url, such as http://localhost:8000/v1 (model {self.model})")
+        if self.base_url and not re.match(r"https?://\w", self.base_url):
+            raise ValueError(f"base_url = {self.base_url!r} is no address: it begins with http:// or https://, such as http://localhost:8000/v1 (model {self.model})")
         if self.batched and self.provider not in ("openai", "anthropic", "google"):
             raise ValueError(f"a teacher with batched = yes has provider openai, anthropic or google: {self.provider} has no batch queue (model {self.model})")
 
@@ -471,7 +480,8 @@ def put(sections: dict[str, dict[str, str]], name: str, value: str, source: str)
         known = [f"{s}.{k}" for s, keys in sections.items() for k in keys]
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise KeyError(f"{source}: no setting {name!r}{hint} settings.ini lists them all")
+        new = f" For another teacher, add a section [{section}] with its provider and model to settings.ini, as [teacher.local] has." if section.startswith("teacher.") and not own else ""
+        raise KeyError(f"{source}: no setting {name!r}{hint} settings.ini lists them all.{new}")
     sections[section][key] = value
 
 # %% ../nbs/01_settings.ipynb #0b48f76d
@@ -560,7 +570,7 @@ def check_design(settings: Settings) -> None:
     known = [s.split(".", 1)[1] for s in settings.sections if s.startswith("teacher.")]
     for name in taught:
         if name not in known:
-            raise KeyError(f"geometry.traces.teachers: {nearest(name, known, 'teacher')}")
+            raise KeyError(f"geometry.traces.teachers: {nearest(name, known, 'teacher')}. For another one, add a section [teacher.{name}] with its provider and model to settings.ini")
     if not taught or len(set(taught)) < len(taught):
         raise ValueError(f"geometry.traces.teachers = {', '.join(taught) or 'nobody'}: name each once, and at least one")
 
@@ -577,8 +587,9 @@ def tell(
     parser.add_argument("--set", default="", dest="overrides", help="section.key=value ...")
     asked = parser.parse_args(argv)
     try:
-        print(said(load(asked.profile, asked.overrides)))
-    except (KeyError, ValueError, OSError) as error:
+        if text := said(load(asked.profile, asked.overrides)):
+            print(text)
+    except (KeyError, ValueError, OSError, configparser.Error) as error:
         print(f"error: {error.args[0] if error.args else error}", file=sys.stderr)
         return 2
     return 0

@@ -21,7 +21,7 @@ from .warm import server
 from ..settings import nearest, outputs, root
 
 # %% auto #0
-__all__ = ['studies', 'plans', 'show', 'command', 'die_with_parent', 'run', 'report', 'main']
+__all__ = ['studies', 'plans', 'show', 'targets', 'command', 'die_with_parent', 'run', 'report', 'main']
 
 # %% ../../nbs/flow/15_study.ipynb #db8f6250
 studies = ("geometry", "steerable")
@@ -54,16 +54,26 @@ def show(plan: Plan) -> str:
             lines.append(f"  needs a download: {section}.source = {source} (accept its licence where it is gated)")
     return "\n".join(lines)
 
+# %% ../../nbs/flow/15_study.ipynb #3c7bf6fb
+def targets(chosen: list[Plan], target: str) -> list[str]:  # of Snakemake
+    "What a target stands for: everything, one stage with what it needs, or a file of the outputs."
+    if target == "all" or "/" in target:
+        return [target]
+    files = [os.path.relpath(plan.run_file(job), root()) for plan in chosen for job in plan.jobs() if job.stage == target]
+    if not files:
+        raise KeyError(nearest(target, ["all", *(name for plan in chosen for name in plan.stages)], "target"))
+    return files
+
 # %% ../../nbs/flow/15_study.ipynb #59740801
 def command(
     chosen: list[Plan],
     jobs: int,  # at a time
     dry: bool = False,  # only say what would run
-    target: str = "all",  # rule or file
+    target: str = "all",  # a stage, or a file
 ) -> list[str]:
     "Snakemake's command line."
     first = chosen[0]
-    words = [sys.executable, "-m", "snakemake", target, "--cores", str(jobs), "--directory", str(root()), "--snakefile", str(root() / "Snakefile"), "--nolock"]
+    words = [sys.executable, "-m", "snakemake", *targets(chosen, target), "--cores", str(jobs), "--directory", str(root()), "--snakefile", str(root() / "Snakefile"), "--nolock"]
     words += ["--workflow-profile", str(root() / "profiles/default")]
     words += ["--dry-run"] if dry else ["--quiet", "rules", "progress", "host"]
     config = [f"profile={first.profile}", f"study={','.join(p.study for p in chosen)}", f"overrides={first.overrides}"]
@@ -90,18 +100,24 @@ def run(chosen: list[Plan], jobs: int, dry: bool = False, target: str = "all") -
         waiting = any(why(p, j) for p in chosen for j in p.jobs())
         with server(env) if waiting and not dry else nullcontext({}) as warm:
             status = subprocess.run(command(chosen, jobs, dry, target), env=env | warm, cwd=root(), preexec_fn=die_with_parent).returncode
-    return 0 if dry or target != "all" else report(chosen, status)
+    return status if dry else report(chosen, status, target)
 
 # %% ../../nbs/flow/15_study.ipynb #e7c237a9
-def report(chosen: list[Plan], status: int) -> int:  # exit status
+def report(chosen: list[Plan], status: int, target: str = "all") -> int:  # exit status
     "Say where the companion is, or what is missing."
-    missing = [(p, j) for p in chosen for j in p.jobs() if why(p, j)]
+    wanted = [(p, j) for p in chosen for j in p.jobs() if target in ("all", j.stage)]
+    missing = [(p, j) for p, j in wanted if why(p, j)]
     failed = [p.run_file(j).parent / "failed.ipynb" for p, j in missing]
     for path in failed:
         if path.exists():
             print(f"failed: {path}")
     if missing:
         print(f"{len(missing)} runs are not complete; what is complete is kept, and `make study` goes on from there")
+    if target != "all":
+        for p, j in wanted:
+            if (p, j) not in missing:
+                print(f"{j.label}: {os.path.relpath(p.run_file(j).parent)}/run.ipynb")
+        return status or bool(missing)
     index = chosen[0].folder / "companion" / "index.html"
     if status == 0 and not missing and index.exists():
         print(f"companion: {os.path.relpath(index)}")
@@ -117,10 +133,11 @@ def main(argv: list[str]) -> int:  # exit status
     parser.add_argument("--study", default="all", help="geometry, steerable or all")
     parser.add_argument("--jobs", type=int, default=2, help="stages at a time")
     parser.add_argument("--set", default="", dest="overrides", help="section.key=value ..., stronger than the profile")
-    parser.add_argument("--target", default="all", help="rule or file of the Snakefile")
+    parser.add_argument("--target", default="all", help="a stage: its runs and what they need, without the pages; or a file of the outputs")
     asked = parser.parse_args(argv)
     try:
         chosen = plans(asked.study, asked.profile, asked.overrides)
+        targets(chosen, asked.target)
         for plan in chosen:
             for job in plan.jobs():
                 plan.key(job)  # reads every setting and folder that is named, before anything runs

@@ -18,19 +18,20 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from math import isfinite
 from typing import Protocol
+from urllib.parse import urlsplit
 
 import aiohttp
 from aiolimiter import AsyncLimiter
 from tqdm import tqdm
 
 from .cache import Cache, CapReached
-from .prices import Price
+from .prices import Price, usd
 from .requests import Failed, Failure, Reply, Request
 from .wire import WIRES, read_reply
 
 # %% auto #0
-__all__ = ['ACCOUNT', 'Backend', 'Live', 'seconds', 'Policy', 'one_try', 'ask_one', 'Tally', 'Count', 'work', 'apart', 'ask_all',
-           'innermost', 'finished', 'ask']
+__all__ = ['ACCOUNT', 'Backend', 'Live', 'seconds', 'Policy', 'UnderWay', 'reserved', 'one_try', 'ask_one', 'Tally', 'Count',
+           'work', 'apart', 'ask_all', 'innermost', 'finished', 'ask']
 
 # %% ../../nbs/providers/18_asking.ipynb #e3e98e9e
 ACCOUNT = re.compile(r"api.?key|credit|billing|quota|balance|permission", re.IGNORECASE)  # a 400 about the caller and not about the question
@@ -88,18 +89,26 @@ class Live:
             async with self.session.request(method, url, headers=self.wire.headers(self.key), allow_redirects=False, **content) as answer:  # a redirect would take the key along
                 text = await answer.text()
                 if answer.status != 200:
-                    raise self.refused(answer.status, answer.headers.get("retry-after"), text)
+                    raise self.refused(answer.status, answer.headers.get("retry-after"), text, url)
                 return text
         except TimeoutError:
             raise Failed("timeout", again=True, billed=True) from None
         except UnicodeDecodeError:
             raise Failed("malformed answer (no text)", again=True, billed=True) from None
         except aiohttp.ClientError as error:
-            raise Failed(f"connection ({type(error).__name__})", again=True, billed=True) from None
+            raise Failed(f"connection ({type(error).__name__}): does a server run at {self.shown(url)}?", again=True, billed=True) from None
 
-    def refused(self, status: int, after: str | None, text: str) -> Failed:
+    def shown(self, url: str) -> str:
+        "An address without anything that opens a door."
+        parts = urlsplit(url)
+        bare = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        return bare.replace(self.key, "[key]") if self.key else bare
+
+    def refused(self, status: int, after: str | None, text: str, url: str = "") -> Failed:
         again = status in (408, 409, 429) or status >= 500
         said = " ".join((text.replace(self.key, "[key]") if self.key else text).split())[:200]
+        if status == 404 and url:
+            said = f"at {self.shown(url)}{'' if '/v1' in url else ', is /v1 missing from base_url?'} {said}".strip()
         lasting = status in (400, 413, 422) and not ACCOUNT.search(said)
         return Failed(str(status) if again else f"{status} {said}", again, seconds(after), billed=status in (502, 504, 524), lasting=lasting)  # behind a gateway the model may have answered
 
@@ -141,11 +150,35 @@ class Policy:
         return own if asked is None else asked + own
 
 
-async def one_try(request: Request, backend: Backend, cache: Cache, cap: int | None) -> tuple[Reply, Future]:  # done when the reply is on disk
+class UnderWay:
+    "Questions of this run that hold a reservation, and the next end of one."
+
+    def __init__(self):
+        self.count, self.end = 0, asyncio.Event()
+
+    def ended(self) -> None:
+        "Wake who waits for room."
+        self.count -= 1
+        self.end.set()
+        self.end = asyncio.Event()
+
+
+async def reserved(request: Request, backend: Backend, cache: Cache, cap: int | None, under_way: UnderWay) -> int:  # row of the sending
+    "Log a sending, as soon as the cap leaves room for it."
+    while True:
+        end = under_way.end  # of before: a question that ends while this one is refused has made room
+        rows, send = await asyncio.wrap_future(cache.send(request, backend.price.most(request), cap))
+        if rows:
+            return send
+        if not under_way.count and not end.is_set():
+            raise CapReached(f"the next question could pass the cap: {usd(cache.spent)} are spent or on their way")
+        await end.wait()
+
+
+async def one_try(request: Request, backend: Backend, cache: Cache, cap: int | None, under_way: UnderWay) -> tuple[Reply, Future]:  # done when the reply is on disk
     "Log, send, settle."
-    rows, send = await asyncio.wrap_future(cache.send(request, backend.price.most(request), cap))
-    if not rows:
-        raise CapReached(f"the next question could pass the cap: {cache.spent:.4f} dollars are spent or on their way")
+    send = await reserved(request, backend, cache, cap, under_way)
+    under_way.count += 1
     try:
         reply = await backend.ask(request)
     except Failed as error:
@@ -154,10 +187,13 @@ async def one_try(request: Request, backend: Backend, cache: Cache, cap: int | N
     except Exception as error:  # a backend's own mistake ends this question and not the batch
         cache.settle(send, type(error).__name__, None)
         raise Failed(f"{type(error).__name__}: {error}", billed=True) from error
-    return reply, cache.keep(request, reply, "live", send, backend.price.of(reply))
+    else:
+        return reply, cache.keep(request, reply, "live", send, backend.price.of(reply))
+    finally:  # the row is settled before whoever is woken asks again: the cache writes in turn
+        under_way.ended()
 
 
-async def ask_one(request: Request, backend: Backend, cache: Cache, gate: asyncio.Semaphore, policy: Policy) -> Reply | Failure:
+async def ask_one(request: Request, backend: Backend, cache: Cache, gate: asyncio.Semaphore, policy: Policy, under_way: UnderWay) -> Reply | Failure:
     "Until there is a reply or no hope."
     for tried in range(1, policy.tries + 1):
         try:
@@ -165,7 +201,7 @@ async def ask_one(request: Request, backend: Backend, cache: Cache, gate: asynci
                 if limit is not None:
                     await limit.acquire(min(amount, limit.max_rate))
             async with gate:
-                reply, kept = await one_try(request, backend, cache, policy.most)
+                reply, kept = await one_try(request, backend, cache, policy.most, under_way)
             await asyncio.wrap_future(kept)
             return reply
         except Failed as error:
@@ -182,7 +218,7 @@ class Tally:
     repeated: int = 0  # the same question as one on its way
     replied: int = 0
     failures: list[Failure] = field(default_factory=list)
-    unasked: int = 0  # left when the cap was reached
+    unasked: int = 0  # left when the cap had no room for them
     usd: float = 0.0  # in the cache's ledger, at most
 
 
@@ -191,7 +227,7 @@ class Count:
 
     def __init__(self, backends: dict[str, Backend], cache: Cache, total: int | None, progress: bool):
         self.backends, self.cache, self.progress = backends, cache, progress
-        self.tally, self.flying, self.full = Tally(), set(), False  # full: the cap was reached
+        self.tally, self.flying, self.full = Tally(), set(), False  # full: the cap has no room left
         self.bar = tqdm(total=total, unit="question", disable=not progress)
 
     def is_open(self, request: Request) -> bool:  # or counted as ended
@@ -230,7 +266,7 @@ class Count:
     def show(self, ended: int) -> None:
         self.bar.update(ended)
         if self.progress:
-            self.bar.set_postfix(failed=len(self.tally.failures), usd=f"{self.cache.spent:.4f}", refresh=not ended)
+            self.bar.set_postfix(failed=len(self.tally.failures), spent=usd(self.cache.spent), refresh=not ended)
 
     async def keep_showing(self) -> None:
         "A batch may be silent for hours."
@@ -239,12 +275,12 @@ class Count:
             self.show(0)
 
 
-async def work(feed: Iterator[Request], count: Count, gates: dict[str, asyncio.Semaphore], policy: Policy) -> None:
+async def work(feed: Iterator[Request], count: Count, gates: dict[str, asyncio.Semaphore], policy: Policy, under_way: UnderWay) -> None:
     "Ask one after the other."
     for request in feed:
         if count.is_open(request):
             try:
-                count.ended(request, await ask_one(request, count.backends[request.who], count.cache, gates[request.who], policy))
+                count.ended(request, await ask_one(request, count.backends[request.who], count.cache, gates[request.who], policy, under_way))
             except CapReached:
                 count.ended(request, None)
 
@@ -271,14 +307,14 @@ async def ask_all(
     policy, count = policy or Policy(), Count(backends, cache, total, progress)
     gates = {name: asyncio.Semaphore(b.connections) for name, b in backends.items() if not hasattr(b, "ask_many")}
     others, together = apart(requests, backends.keys() - gates.keys())
-    feed, shown = iter(others), asyncio.create_task(count.keep_showing())
+    feed, under_way, shown = iter(others), UnderWay(), asyncio.create_task(count.keep_showing())
     try:
         try:
             async with asyncio.TaskGroup() as group:
                 for name, some in together.items():
                     group.create_task(backends[name].ask_many([r for r in some if count.is_open(r)], cache, policy, count.ended))
                 for _ in range(sum(backends[name].connections for name in gates) + 8):
-                    group.create_task(work(feed, count, gates, policy))
+                    group.create_task(work(feed, count, gates, policy, under_way))
         finally:  # also where the batch was stopped: what came is on disk before the caller goes on
             await asyncio.wrap_future(cache.settled())
     except* sqlite3.Error as errors:

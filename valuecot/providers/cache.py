@@ -267,13 +267,17 @@ def read_export(path: Path) -> tuple[list[tuple[Request, Reply]], list[tuple[Req
     "Questions with their replies, and those with a reason instead."
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            count, *rows = [json.loads(line) for line in file]
+            lines = [json.loads(line) for line in file]
+        if not lines:
+            raise EOFError("no line in it")
+        count, *rows = lines
         pairs = [(as_request(canonical(row["request"])), Reply(**row["reply"])) for row in rows if "reply" in row]
         failed = [(request := as_request(canonical(row["request"])), Failure(request.key, row["failure"]["reason"], 0, True, row["failure"]["billed"])) for row in rows if "failure" in row]
         if (count["replies"], count["failures"]) != (len(pairs), len(failed)):
             raise EOFError(f"{len(pairs)} of {count['replies']} replies, {len(failed)} of {count['failures']} failures")
     except (EOFError, gzip.BadGzipFile, zlib.error, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no whole export of replies ({type(error).__name__}: {error}); nothing was imported") from None
+        why = "the file is empty" if not path.stat().st_size else f"it was cut off: {error}" if isinstance(error, EOFError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is no whole export of replies ({why}); nothing was imported") from None
     return pairs, failed
 
 

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import floor, log10
 
 from .requests import Reply, Request
 
 # %% auto #0
-__all__ = ['FRAME', 'Price']
+__all__ = ['FRAME', 'Price', 'usd']
 
 # %% ../../nbs/providers/17_prices.ipynb #f37bbfd2
 FRAME = 64  # tokens that a chat format adds around the messages, generously
@@ -39,3 +40,11 @@ class Price:
     def most(self, request: Request, batch: bool = False) -> int:  # nano-dollars
         "That a question can cost."
         return self.cost(len(request.text.encode()) + FRAME, request.max_tokens, batch)
+
+# %% ../../nbs/providers/17_prices.ipynb #ce69fb7e
+def usd(amount: float) -> str:
+    "Dollars, to the cent; below one dollar to four digits."
+    if amount >= 1 or not amount:
+        return f"${amount:,.2f}"
+    whole, digits = f"{amount:.{3 - floor(log10(abs(amount)))}f}".split(".")
+    return f"${whole}.{digits.rstrip('0').ljust(2, '0')}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from .requests import Failed, Reply, Request
 
 # %% auto #0
-__all__ = ['WIRES', 'parameters_of', 'chat', 'openai_body', 'server_body', 'anthropic_body', 'google_body', 'reply_of',
+__all__ = ['EMPTY', 'WIRES', 'parameters_of', 'chat', 'openai_body', 'server_body', 'anthropic_body', 'google_body', 'reply_of',
            'openai_reply', 'anthropic_reply', 'google_reply', 'Wire', 'read_reply']
 
 # %% ../../nbs/providers/16_wire.ipynb #7d84896f
@@ -67,11 +67,14 @@ def google_body(request: Request) -> dict:
         how |= {"responseMimeType": "application/json", "responseJsonSchema": request.schema}
     return {"contents": turns, "generationConfig": how} | ({"systemInstruction": {"role": "user", "parts": [{"text": system}]}} if system else {})
 
-# %% ../../nbs/providers/16_wire.ipynb #aa982f1a
+# %% ../../nbs/providers/16_wire.ipynb #d6297af9
+EMPTY = "empty reply"  # how its reason begins
+
+
 def reply_of(text: str | None, model: str, usage: tuple[int, int], finish: str) -> Reply:
     "A reply with words in it."
     if not text or not text.strip():
-        raise Failed(f"empty reply ({finish or 'no reason given'})", billed=True, lasting=True)
+        raise Failed(f"{EMPTY} ({finish or 'no reason given'})", billed=True, lasting=True)
     text.encode()  # half a character is an error here: no file can hold it
     if not all(isinstance(n, int) and n >= 0 for n in usage):
         raise TypeError(f"{usage} are no counts of tokens")

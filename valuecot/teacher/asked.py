@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,15 +15,16 @@ from ..providers.asking import Backend, Policy, Tally, ask_all, finished
 from ..providers.cache import Cache
 from ..providers.requests import Reply, Request
 from ..providers.structured import Malformed, asked_again, read
+from ..providers.wire import EMPTY
 from ..store import read_records
 from .schemas import SCHEMAS, as_trace, schema_of
 from .styles import alike, length
 from .templates import request as wording
-from ..types import Prompt, Shown, Trace
+from ..types import Prompt, Shown, Trace, short
 
 # %% auto #0
-__all__ = ['Reads', 'Desk', 'Quarantined', 'Ending', 'looked', 'ask_twice', 'together', 'Wanted', 'wanted', 'trace_in',
-           'Collected', 'collect', 'by_reason', 'with_traces', 'unequal', 'read_traces']
+__all__ = ['Reads', 'Desk', 'Quarantined', 'Ending', 'looked', 'once_more', 'ask_twice', 'together', 'Wanted', 'wanted',
+           'trace_in', 'Collected', 'collect', 'by_reason', 'with_traces', 'unequal', 'read_traces', 'outcome']
 
 # %% ../../nbs/teacher/44_asked.ipynb #fd8fb3a5
 @dataclass(frozen=True)
@@ -79,6 +80,15 @@ def looked(request: Request, reads: Reads, cache: Cache) -> tuple[Reply | None, 
         return reply, None, error
 
 
+def once_more(request: Request, reads: Reads, cache: Cache) -> Request | None:
+    "What is asked where the first reply was malformed or empty."
+    reply, _, error = looked(request, reads, cache)
+    if error:
+        return asked_again(request, reply, error)
+    told = None if reply else cache.failure(request)
+    return replace(request, sample=request.sample + 1) if told and told.reason.startswith(EMPTY) else None
+
+
 def ask_twice(
     questions: list[tuple[Request, Reads]],
     backends: dict[str, Backend],  # by provider/model; none: the cache alone
@@ -92,9 +102,8 @@ def ask_twice(
     async def rounds() -> tuple[Tally, Tally]:  # in one event loop, as the backends' limits want it
         first = await ask_all((request for request, _ in questions), backends, cache, policy, progress, len(questions))
         for place, (request, reads) in enumerate(questions):
-            reply, _, error = looked(request, reads, cache)
-            if error:
-                again[place] = asked_again(request, reply, error)
+            if more := once_more(request, reads, cache):
+                again[place] = more
         return first, await ask_all(again.values(), backends, cache, policy, progress, len(again))
 
     first, second = finished(rounds())
@@ -202,3 +211,10 @@ def read_traces(prompts_folder: Path, traces_folder: Path) -> tuple[list[Prompt]
     prompts = read_records(prompts_folder / "prompts.jsonl", Prompt)
     traces = [t for name in ("traces.jsonl", "controls.jsonl") for t in read_records(traces_folder / name, Trace)]
     return with_traces(prompts, traces, read_records(traces_folder / "quarantine.jsonl", Quarantined))
+
+# %% ../../nbs/teacher/44_asked.ipynb #43a5eb09
+def outcome(traces: list[Trace], aside: list[Quarantined]) -> str:
+    "Traces, and what was put aside by reason."
+    reasons = Counter(short(q.reason, 60) for q in aside).most_common()
+    told = "; ".join(f"{n} x {reason}" for reason, n in reasons[:5]) + ("; ..." if len(reasons) > 5 else "")
+    return f"{len(traces):,} traces, {len(aside):,} put aside" + (f": {told}" if aside else "")

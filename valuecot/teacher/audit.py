@@ -15,10 +15,10 @@ from .styles import STYLES, TOLERANCE, alike, disassemble, length, sentences
 from ..types import Prompt, Shown, Trace
 
 # %% auto #0
-__all__ = ['VERDICT', 'REFUSAL', 'LONGEST', 'BRIEF', 'HARD', 'CHECKS', 'quoted', 'Finding', 'syllables', 'stems', 'other_pair',
-           'few_quotes', 'long_names', 'not_named', 'long_sentences', 'hard_words', 'from_outside', 'long_reply',
-           'early_verdict', 'refusal', 'other_layout', 'check_trace', 'unequal', 'bare', 'near_duplicates', 'audit',
-           'rates']
+__all__ = ['VERDICT', 'REFUSAL', 'LONGEST', 'BRIEF', 'HARD', 'CHECKS', 'LENGTH', 'quoted', 'Finding', 'syllables', 'stems',
+           'other_pair', 'few_quotes', 'long_names', 'not_named', 'long_sentences', 'hard_words', 'from_outside',
+           'long_reply', 'early_verdict', 'refusal', 'other_layout', 'other_length', 'check_trace', 'unequal', 'bare',
+           'near_duplicates', 'audit', 'rates']
 
 # %% ../../nbs/teacher/48_audit.ipynb #8bf4acf4
 VERDICT = re.compile(r"\bI will\b|\bcomes? first\b|\bcounts more\b|\bweighs more\b|\bmore important\b|\bI settle\b")
@@ -143,14 +143,22 @@ CHECKS: dict[str, Callable[[Prompt, Trace], list[str]]] = {
 }  # fmt: skip
 
 
+LENGTH = "another length than asked"  # by more than TOLERANCE of what was asked, a tenth
+
+
+def other_length(trace: Trace, words: int | None) -> list[str]:
+    "A reasoning that is longer or shorter than was asked, by more than a tenth."
+    count = length(trace.phases)
+    return [f"reasoning of {count} words, {words} asked"] if words is not None and abs(count - words) > words * TOLERANCE else []
+
+
 def check_trace(
     prompt: Prompt,
     trace: Trace,
-    words: int | None = None,  # that the reasoning should have, within a tenth
+    words: int | None = None,  # asked of the reasoning
 ) -> list[str]:  # what is wrong, empty if nothing
     "What one trace breaks of what its teacher was asked."
-    found, count = [detail for check in CHECKS.values() for detail in check(prompt, trace)], length(trace.phases)
-    return found + ([f"reasoning of {count} words, {words} asked"] if words is not None and abs(count - words) > words * TOLERANCE else [])
+    return [detail for check in CHECKS.values() for detail in check(prompt, trace)] + other_length(trace, words)
 
 # %% ../../nbs/teacher/48_audit.ipynb #efa1eb7a
 def unequal(traces: list[Trace]) -> list[tuple[Trace, str]]:
@@ -193,12 +201,14 @@ def near_duplicates(
 def audit(
     prompts: list[Prompt],
     traces: list[Trace],
+    words: int | None,  # asked of a reasoning; None: the teachers were not told
 ) -> list[Finding]:
     "Everything that the checks see."
     texts, found = {p.id: p for p in prompts}, []
     for trace in traces:
         for kind, check in CHECKS.items():
             found += [Finding(trace.prompt_id, trace.style, trace.teacher, kind, detail) for detail in check(texts[trace.prompt_id], trace)]
+        found += [Finding(trace.prompt_id, trace.style, trace.teacher, LENGTH, detail) for detail in other_length(trace, words)]
     for kind, pairs in (("unequal length", unequal(traces)), ("near-duplicate", near_duplicates(traces))):
         found += [Finding(t.prompt_id, t.style, t.teacher, kind, detail) for t, detail in pairs]
     return found
@@ -208,5 +218,5 @@ def rates(findings: list[Finding], traces: list[Trace]) -> list[dict[str, object
     "How many traces have each fault, by teacher and style; zeros included."
     of = Counter((t.teacher, t.style) for t in traces)
     hit = Counter((f.teacher, f.style, f.kind) for f in {(f.prompt_id, f.style, f.kind): f for f in findings}.values())
-    kinds = [*CHECKS, "unequal length", "near-duplicate"]
+    kinds = [*CHECKS, LENGTH, "unequal length", "near-duplicate"]
     return [{"teacher": a, "style": b, "kind": k, "traces": hit[a, b, k], "of": n, "share": hit[a, b, k] / n} for (a, b), n in sorted(of.items()) for k in kinds]

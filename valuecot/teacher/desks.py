@@ -15,7 +15,7 @@ from ..providers.asking import Backend, Live
 from ..providers.batches import Batched
 from ..providers.cache import Cache
 from ..providers.local import Local
-from ..providers.prices import Price
+from ..providers.prices import Price, usd
 from ..providers.requests import Failed, Reply, Request
 from ..settings import Settings, TeacherModel, outputs, root
 from ..store import digest
@@ -26,8 +26,9 @@ from .templates import read_templates
 from ..types import Prompt
 
 # %% auto #0
-__all__ = ['WRITTEN_BY', 'BYTES', 'THOUGHT', 'RulesDesk', 'Rules', 'model_name', 'desk_of', 'assigned', 'teachers_of',
-           'questions', 'replies_path', 'price_of', 'backend_of', 'backends', 'estimate', 'usd', 'cost_lines']
+__all__ = ['WRITTEN_BY', 'BYTES', 'THOUGHT', 'RulesDesk', 'Rules', 'is_folder', 'model_name', 'desk_of', 'assigned',
+           'teachers_of', 'questions', 'replies_path', 'price_of', 'backend_of', 'backends', 'estimate', 'room_line',
+           'cost_lines']
 
 # %% ../../nbs/teacher/45_desks.ipynb #f519f260
 WRITTEN_BY = "rules-" + digest([inspect.getsource(m) for m in (rules, styles, details)], 8)  # other rules are another teacher: their old replies do not answer for them
@@ -62,12 +63,18 @@ class Rules:
     async def close(self) -> None:
         "Nothing is open."
 
-# %% ../../nbs/teacher/45_desks.ipynb #f99f6ec3
+# %% ../../nbs/teacher/45_desks.ipynb #609c047f
+def is_folder(model: TeacherModel) -> bool:
+    "Whether a model on this machine is named by its folder, there or not, and not by a repository of the hub (owner/name)."
+    pathlike = model.model.startswith(("/", ".", "~")) or model.model.count("/") > 1
+    return model.provider == "transformers" and (pathlike or (root() / model.model).is_dir())
+
+
 def model_name(model: TeacherModel) -> str:
     "What requests, replies and cards call it; of a folder not its place on this machine."
     if model.provider == "rules":
         return WRITTEN_BY
-    folder = model.provider == "transformers" and (root() / model.model).is_dir()
+    folder = is_folder(model)
     return f"{Path(model.model).name}-{digest(model.model, 6)}" if folder else model.model
 
 
@@ -114,13 +121,15 @@ def backend_of(model: TeacherModel) -> Backend:
         return Rules()
     if model.provider == "transformers":
         own = root() / model.model  # a folder beside the project reads the same from every working folder
+        if is_folder(model) and not own.is_dir():
+            raise ValueError(f"no such folder: {model.model}; a teacher with provider = transformers names a folder that holds a model, or a repository of the hub")
         return Local(str(own) if own.exists() else model.model, model.connections)
     who = model.provider, price_of(model), model.base_url, model.connections
     return Batched(*who, timeout=model.timeout) if model.batched else Live(*who, model.per_minute, model.tokens_per_minute, model.timeout)
 
 
 def backends(models: Iterable[TeacherModel]) -> tuple[dict[str, Backend], dict[str, str]]:  # by provider/model: who can be asked; why the others cannot
-    "Teachers; one without its key is left out, with the reason."
+    "Teachers; one without its key or its folder is left out, with the reason."
     found, missing, seen = {}, {}, {}
     for m in models:
         who = f"{m.provider}/{model_name(m)}"
@@ -159,9 +168,13 @@ def estimate(
     return list(rows.values())
 
 
-def usd(amount: float) -> str:
-    "Dollars, to the cent or, below one, to a hundredth of it."
-    return f"${amount:,.2f}" if amount >= 1 or not amount else f"${amount:.4f}"
+def room_line(likely: float, most: float, cap: float, spent: float) -> list[str]:  # none where the cap is wide enough
+    "Whether the cap leaves enough."
+    left = max(cap - spent, 0.0)
+    if left >= most:
+        return []
+    less = f"less than the likely {usd(likely)}, so expect questions to be left unasked" if left < likely else f"less than the most that it may cost, {usd(most)}, so questions may be left unasked"
+    return [f"  the cap leaves {usd(left)}, {less}: raise geometry.traces.cap"]
 
 
 def cost_lines(rows: list[dict[str, object]], missing: dict[str, str], cap: float, spent: float) -> list[str]:
@@ -171,5 +184,5 @@ def cost_lines(rows: list[dict[str, object]], missing: dict[str, str], cap: floa
     for r in paid:
         found.append(f"  {r['teacher']}: {r['questions']:,} questions, {r['on_disk']:,} of them on disk; likely {usd(r['usd_likely'])} ({r['input_tokens_likely']:,} tokens in, {r['output_tokens_likely']:,} out, a guess), at most {usd(r['usd_at_most'])}")
     likely, most = sum(r["usd_likely"] for r in rows), sum(r["usd_at_most"] for r in rows)
-    head = f"teachers: likely {usd(likely)}, at most {usd(most)} if each is asked once, at list prices and the batch share where batched = yes; spent so far {usd(spent)}; nothing is sent that could pass the cap of ${cap:.2f}" if paid else "teachers: nothing to pay"
-    return [head, *found, *(f"  {reason}" for reason in missing.values())]
+    head = f"teachers: likely {usd(likely)}, at most {usd(most)} if each is asked once, at list prices and the batch share where batched = yes; spent so far {usd(spent)}; nothing is sent that could pass the cap of {usd(cap)}" if paid else "teachers: nothing to pay"
+    return [head, *(room_line(likely, most, cap, spent) if paid else []), *found, *(f"  {reason}" for reason in missing.values())]

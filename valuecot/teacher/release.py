@@ -6,19 +6,24 @@
 from __future__ import annotations
 
 import hashlib
+import html
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..data.conflictscope import COMMIT, REPOSITORY
-from ..settings import Data, TeacherModel
+from ..settings import Data, Settings, TeacherModel
 from .asked import Quarantined, by_reason
 from .audit import Finding
-from .desks import model_name
-from .styles import STYLES, length
+from .desks import model_name, teachers_of
+from .styles import STYLES, TOLERANCE, length
 from ..types import Prompt, Trace, short
 
 # %% auto #0
-__all__ = ['OPEN', 'NOTICE', 'origin', 'released', 'sha', 'released_rows', 'counted', 'teacher_lines', 'card']
+__all__ = ['OPEN', 'NOTICE', 'COLUMNS', 'TEXTS', 'OURS', 'FIELD', 'WRONG', 'LOADING', 'origin', 'released', 'sha',
+           'released_rows', 'without_quotes', 'counted', 'teacher_lines', 'style_lines', 'audit_lines', 'aside_lines',
+           'card']
 
 # %% ../../nbs/teacher/51_release.ipynb #8d39308c
 OPEN = ("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "odc-by")  # licences that allow passing texts on
@@ -46,7 +51,19 @@ def released(settings: Data) -> bool:
         raise ValueError(f"geometry.licence = {licence!r} is not known to allow passing texts on: known are {', '.join(OPEN)}; leave it empty to release ids and hashes")
     return bool(licence)
 
-# %% ../../nbs/teacher/51_release.ipynb #b417eac3
+# %% ../../nbs/teacher/51_release.ipynb #3d7db036
+COLUMNS = {  # of the data set, with what each one holds
+    "prompt_id": "names the prompt; joins the styles of one prompt", "split": "sft: a student is trained on it; heldout: it is only measured on", "value_set": "the set of values that the pair is from",
+    "value_1": "one of the two values that the prompt was made to set against each other", "value_2": "the other one", "style": "how the reasoning is laid out, see below", "made_from": "the styles that a control was made from; empty where a teacher wrote it",
+    "teacher": "who wrote it, or what it was made from", "words": "of the reasoning, headers of phases left out", "audit": "faults that the checks saw; only what a teacher wrote is checked, controls have none", "in_study": "false: some trace of its prompt was put aside",
+    "prompt_sha256": "hash of the prompt's text", "reasoning_sha256": "hash of the reasoning", "response_sha256": "hash of the response", "prompt": "the user's message", "named_value_1": "a value as the teacher called it", "named_value_2": "the other one",
+    "phases": "the reasoning's parts, without headers", "reasoning": "what stands between <think> and </think>", "response": "the reply to the user",
+}  # fmt: skip
+
+
+TEXTS = ("prompt", "named_value_1", "named_value_2", "phases", "reasoning", "response")  # columns that quote
+
+
 def sha(text: str) -> str:  # 64 hex digits
     "Hash of a text."
     return hashlib.sha256(text.encode()).hexdigest()
@@ -67,6 +84,20 @@ def released_rows(prompts: Sequence[Prompt], traces: Sequence[Trace], findings: 
         rows.append(row | (named if with_texts else dict.fromkeys(named)))
     return rows
 
+# %% ../../nbs/teacher/51_release.ipynb #aca4b798
+OURS = r"empty reply \([A-Za-z_ ]{1,30}\)|refusal( \([A-Z_]{1,30}\))?|cut off: the reply reached its longest length|no JSON object in the reply|\d+ different objects in the reply, one asked"
+OURS += r"|lengths apart: the traces of its prompt differ by more than geometry\.traces\.match|no [a-z]+ form: \d+ phases, \d+ words|[a-z]+ in the batch queue"
+FIELD = r"(the object|values|response|annealing_cot|final_model_response|values\.value_[12]|response\.(cot|final_response)|annealing_cot\.phase_[123]_(high_temp|cooling|low_temp))"
+WRONG = rf"{FIELD} (is missing|is blank|is no text|is no object|has \d+ words, at most three allowed|holds a mark that the layout adds itself \(<think>, a phase's header\))"
+
+
+def without_quotes(reason: str) -> str:
+    "A reason as far as it quotes nothing."
+    if re.fullmatch(rf"{OURS}|{WRONG}(; {WRONG})*", reason):
+        return reason
+    status = re.match(r"[45]\d\d(?= )", reason)
+    return f"{f'{status[0]}, the rest is ' if status else ''}withheld, since it may quote a prompt"
+
 # %% ../../nbs/teacher/51_release.ipynb #22fc77b9
 def counted(rows: Sequence[dict], *names: str) -> list[str]:  # Markdown
     "A table of how many rows have each combination."
@@ -76,28 +107,77 @@ def counted(rows: Sequence[dict], *names: str) -> list[str]:  # Markdown
 
 def teacher_lines(teachers: dict[str, TeacherModel]) -> list[str]:  # Markdown
     "Who wrote the traces."
-    return [f"- `{name}`: {model_name(m) if m.provider != 'rules' else 'sentences put together by rules'} ({m.provider}){f', effort {m.effort}' if m.effort else ''}" for name, m in teachers.items()]
+    how = {name: f"effort {m.effort or 'as the provider has it'}, at most {m.max_tokens:,} tokens of a reply, thinking included" for name, m in teachers.items()}
+    return [f"- `{name}`: {'sentences put together by rules' if m.provider == 'rules' else f'{model_name(m)}, {how[name]}'} ({m.provider})" for name, m in teachers.items()]
 
 
-def card(settings: Data, teachers: dict[str, TeacherModel], rows: Sequence[dict], aside: Sequence[Quarantined], templates: dict[str, str], profile: str) -> str:  # Markdown with a YAML head
-    "README.md of the data set."
-    source, licence = origin(settings)
-    texts = "Texts are included." if released(settings) else "Texts are withheld, since the prompts' licence is not known: rows hold ids and SHA-256 hashes of the texts, so whoever has the prompts can join them."
-    reasons = [r if released(settings) else r | {"reason": "withheld, since it may quote a prompt"} for r in by_reason(aside)]
+def style_lines(rows: Sequence[dict], prompts: int) -> list[str]:  # Markdown
+    "What each style is, and how many prompts have it."
+    count = Counter(row["style"] for row in rows)
+    found = ["| style | what it is | rows | of prompts |", "|---|---|---|---|"]
+    for style in (s for s in STYLES.values() if count[s.name]):
+        what = f"made from {' and '.join(style.of)}: {style.asks}" if style.of else f"asked of a teacher: {'one text' if len(style.roles) == 1 else ', '.join(style.roles)}"
+        found.append(f"| {style.name} | {what} | {count[style.name]} | {prompts} |")
+    return found
+
+
+def audit_lines(rows: Sequence[dict], words: int) -> list[str]:  # Markdown
+    "Faults by teacher and style."
     faults = Counter((row["teacher"], row["style"], kind) for row in rows for kind in row["audit"])
     of = Counter((row["teacher"], row["style"]) for row in rows)
+    told = [
+        "Checks read words, not meaning; a fault is a reason to look. *another value pair*: the values that the teacher named share no word with the prompt's two; a good synonym counts too. "
+        f"*another length than asked*: more than {100 * TOLERANCE:.0f} % off the {words} words asked for. *unequal length*: as much off the standard reasoning of its prompt.", "",
+    ]  # fmt: skip
+    table = ["| teacher | style | fault | rows | of |", "|---|---|---|---|---|", *(f"| {a} | {b} | {k} | {n} | {of[a, b]} |" for (a, b, k), n in sorted(faults.items()))]
+    return told + (table if faults else ["Nothing was seen."])
+
+
+def aside_lines(aside: Sequence[Quarantined], prompts: int, with_texts: bool) -> list[str]:  # Markdown
+    "What was put aside, by reason."
+    if not aside:
+        return ["Nothing."]
+    lost = len({q.prompt_id for q in aside})
+    reasons = by_reason([q if with_texts else replace(q, reason=without_quotes(q.reason)) for q in aside])
+    told = f"{lost} of {prompts} prompts ({100 * lost / max(prompts, 1):.1f} %) are lost to the study, since a trace of theirs was put aside: no arm is trained or measured on them."
+    return [told, "", "| teacher | style | reason | replies |", "|---|---|---|---|", *(f"| {r['teacher']} | {r['style']} | {short(r['reason'], 200)} | {r['count']} |" for r in reasons)]
+
+
+LOADING = """```python
+from datasets import load_dataset
+
+rows = load_dataset("OWNER/NAME", split="sft")  # or a folder with this file
+annealing = rows.filter(lambda row: row["style"] == "annealing" and row["in_study"])
+```"""
+
+
+def card(
+    settings: Settings,
+    rows: Sequence[dict],
+    aside: Sequence[Quarantined],
+    prompts: int,  # that traces were asked for
+    templates: dict[str, str],
+    made: str,  # when, and by which revision
+) -> str:  # Markdown with a YAML head
+    "README.md of the data set."
+    data, traces = settings["geometry"], settings["geometry.traces"]
+    (source, licence), open_ = origin(data), released(data)
+    texts = "Texts are included." if open_ else "Texts are withheld, since the prompts' licence is not known: rows hold ids and SHA-256 hashes of the texts, so whoever has the prompts can join them."
     parts = [
         "---", f"license: {licence or 'other'}", "language: en", "task_categories: [text-generation]", "tags: [chain-of-thought, value-conflicts, alignment]",
         "configs:", "- config_name: default", "  data_files:", *(f"  - split: {s}\n    path: data/{s}.parquet" for s in sorted({r["split"] for r in rows})), "---",
         "# Reasoning about value conflicts, in several styles", "",
-        f"Traces of the valuecot study, profile {profile}: for each prompt in which two values conflict, a standard and an annealing (explore, cool, converge) reasoning with a response, and control styles made from them. " + texts, "",
-        "## Prompts", f"Source: {source}. Licence: {licence or 'not known'}. " + NOTICE.get(settings.prompts, "Whoever passes these rows on names the source and keeps its licence notice." if licence else ""), "",
-        "## Teachers", *teacher_lines(teachers), "", "A prompt has one teacher, drawn by a hash of its id, for all styles. What a provider allows to be done with its models' output is for the user to check.", "",
-        "## Counts", *counted(rows, "split", "teacher", "style"), "", "`in_study` is false for prompts of which some trace was put aside: no arm is trained or measured on them.", "",
-        "## What the audit saw", "Checks read words, not meaning; a fault is a reason to look.", "",
-        *(["| teacher | style | fault | rows | of |", "|---|---|---|---|---|", *(f"| {a} | {b} | {k} | {n} | {of[a, b]} |" for (a, b, k), n in sorted(faults.items()))] if faults else ["Nothing."]), "",
-        "## Put aside", *(["| teacher | style | reason | replies |", "|---|---|---|---|", *(f"| {r['teacher']} | {r['style']} | {short(r['reason'], 200)} | {r['count']} |" for r in reasons)] if aside else ["Nothing."]), "",
-        "## The same again", "`replies.jsonl.gz` holds the teachers' replies; a study that names its folder in `geometry.traces.replies` makes these rows from it without a key." if released(settings) else "The teachers' replies quote the prompts and are withheld too.", "",
-        "## How the teachers were asked", *(f"### {name}\n````text\n{text.strip()}\n````" for name, text in templates.items()), "",
+        f"Traces of the valuecot study, profile {settings.profile}, {made}: for each prompt in which two values conflict, a standard and an annealing (explore, cool, converge) reasoning with a response, and control styles made from them. " + texts, "",
+        "## Loading", LOADING, "",
+        "## Columns", "| column | what it holds |", "|---|---|", *(f"| `{name}` | {html.escape(what)}{'' if open_ or name not in TEXTS else '; withheld here'} |" for name, what in COLUMNS.items()), "",
+        "## Styles", *style_lines(rows, prompts), "",
+        "A style has fewer rows than others where a teacher's reply was put aside, and a control where its rule cannot be followed: a standard text of two sentences has no three parts, and one that is shorter than its annealing text cannot be shortened to it.", "",
+        "## Prompts", f"Source: {source}. Licence: {licence or 'not known'}. " + NOTICE.get(data.prompts, "Whoever passes these rows on names the source and keeps its licence notice." if licence else ""), "",
+        "## Teachers", *teacher_lines(teachers_of(settings)), "", "A prompt has one teacher, drawn by a hash of its id, for all styles. What a provider allows to be done with its models' output is for the user to check.", "",
+        "## Counts", *counted(rows, "split", "teacher", "style"), "",
+        "## What the audit saw", *audit_lines(rows, traces.words), "",
+        "## Put aside", *aside_lines(aside, prompts, open_), "",
+        "## The same again", "`replies.jsonl.gz` holds the teachers' replies; a study that names its folder in `geometry.traces.replies` makes these rows from it without a key." if open_ else "The teachers' replies quote the prompts and are withheld too.", "",
+        "## How the teachers were asked", f"`{{words}}` is {traces.words}, and `{{prompt}}` the prompt's text.", "", *(f"### {name}\n````text\n{text.strip()}\n````" for name, text in templates.items()), "",
     ]  # fmt: skip
     return "\n".join(parts)
