@@ -356,7 +356,7 @@ def test_without_a_network_it_says_so(asked_of, monkeypatch):
 
 
 def test_make_publish_says_what_it_is_told(made):
-    said = subprocess.run(["make", "-n", "publish", f"MODEL={MODEL}", f"TO={NAME}", "PROFILE=tiny", "SET=a.b='c d'", "VENV=/nowhere", "READY=Makefile"], cwd=ROOT, capture_output=True, text=True).stdout
+    said = subprocess.run(["make", "-n", "publish", f"MODEL={MODEL}", f"TO={NAME}", "PROFILE=tiny", "SET=a.b='c d'", "VENV=/nowhere"], cwd=ROOT, capture_output=True, text=True).stdout
     assert f"valuecot.training.cards --profile tiny --model '{MODEL}' --to '{NAME}'" in said and "--public 'no' --send 'no'" in said and "release" not in said
-    data = subprocess.run(["make", "-n", "publish", f"REPO={NAME}", "VENV=/nowhere", "READY=Makefile"], cwd=ROOT, capture_output=True, text=True).stdout
+    data = subprocess.run(["make", "-n", "publish", f"REPO={NAME}", "VENV=/nowhere"], cwd=ROOT, capture_output=True, text=True).stdout
     assert "valuecot.geometry.release tiny" in data and "cards" not in data

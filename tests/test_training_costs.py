@@ -30,6 +30,11 @@ SHORT = replace(TRACE, response="Ask.")
 TINY = load("tiny")
 
 
+def LONG(*changes: dict) -> list:
+    "Cases for `make prove`."
+    return [pytest.param(change, marks=pytest.mark.prove) for change in changes]
+
+
 @pytest.fixture(scope="module", params=["llama", "qwen"])
 def family(request, tmp_path_factory):
     "Weights of the tiny profile's shape, untrained."
@@ -60,7 +65,7 @@ def peak(trainer) -> int:
     return live.peak
 
 
-@pytest.mark.parametrize("change", [None, {}, {"micro_batch": 4}, {"activation_checkpointing": True}, {"precision": "bfloat16"}, {"precision": "bfloat16", "activation_checkpointing": True}], ids=str)
+@pytest.mark.parametrize("change", [None, *LONG({}, {"micro_batch": 4}, {"activation_checkpointing": True}, {"precision": "bfloat16"}), {"precision": "bfloat16", "activation_checkpointing": True}], ids=str)
 def test_memory_of_fine_tuning(family, change, tmp_path, monkeypatch):
     "Within 5 %; with TRL's own tile, and with a narrow one."
     if change is not None:
@@ -76,7 +81,7 @@ def test_memory_of_fine_tuning(family, change, tmp_path, monkeypatch):
     assert foretold == pytest.approx(measured, rel=0.05)
 
 
-@pytest.mark.parametrize("change", [None, {}, {"micro_batch": 4, "kl_coef": 0.0}, {"precision": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("change", [None, *LONG({}, {"micro_batch": 4, "kl_coef": 0.0}, {"precision": "bfloat16"})], ids=str)
 def test_memory_of_reinforcement_learning(family, change, tmp_path, monkeypatch):
     "As above, with the reference and the judge."
     if change is not None:
@@ -123,7 +128,7 @@ def test_updates_of_fine_tuning(family, rows, batch, micro, epochs, tmp_path):
     assert max(entry["step"] for entry in log) == foretell.sft_updates(rows, batch, epochs)
 
 
-@pytest.mark.parametrize("change", [{"epochs": 2}, {"updates_per_rollout": 2, "checkpoint_every": 2}, {"iterations": 2}, {"batch_unit": "prompts", "batch_size": 2}], ids=str)
+@pytest.mark.parametrize("change", [*LONG({"epochs": 2}, {"iterations": 2}), {"updates_per_rollout": 2, "checkpoint_every": 2}, {"batch_unit": "prompts", "batch_size": 2}], ids=str)
 def test_updates_of_reinforcement_learning(family, change, tmp_path):
     "Five prompts, two to an update."
     model, tokenizer = load_model(family / "policy")
