@@ -169,7 +169,7 @@ def card(
         "# Reasoning about value conflicts, in several styles", "",
         f"Traces of the valuecot study, profile {settings.profile}, {made}: for each prompt in which two values conflict, a standard and an annealing (explore, cool, converge) reasoning with a response, and control styles made from them. " + texts, "",
         "## Loading", LOADING, "",
-        "## Columns", "| column | what it holds |", "|---|---|", *(f"| `{name}` | {html.escape(what)}{'' if open_ or name not in TEXTS else '; withheld here'} |" for name, what in COLUMNS.items()), "",
+        "## Columns", "| column | what it holds |", "|---|---|", *(f"| `{name}` | {html.escape(what, quote=False)}{'' if open_ or name not in TEXTS else '; withheld here'} |" for name, what in COLUMNS.items()), "",
         "## Styles", *style_lines(rows, prompts), "",
         "A style has fewer rows than others where a teacher's reply was put aside, and a control where its rule cannot be followed: a standard text of two sentences has no three parts, and one that is shorter than its annealing text cannot be shortened to it.", "",
         "## Prompts", f"Source: {source}. Licence: {licence or 'not known'}. " + NOTICE.get(data.prompts, "Whoever passes these rows on names the source and keeps its licence notice." if licence else ""), "",
