@@ -198,7 +198,7 @@ def test_a_preview_is_called_one(draw, arms):
 @pytest.mark.parametrize("draw", [landscapes.surfaces, landscapes.contours])
 def test_png_is_transparent_and_not_blank(draw, arms, tmp_path):
     figure = draw(arms, EIGENVALUES, "Title", "A caption")
-    image = matplotlib.image.imread(figure.save_png(tmp_path / "x.png", dpi=60))
+    image = matplotlib.image.imread(figure.save_png(tmp_path / "x.png"))
     assert image[0, 0, 3] == 0  # the page shows through
     inked = image[image[..., 3] > 0.9][:, :3]
     assert len(inked) > 2000 and inked.std(axis=0).min() > 0.05

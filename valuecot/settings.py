@@ -23,7 +23,7 @@ from .types import Arm
 # %% auto #0
 __all__ = ['records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Weights', 'Data', 'Design', 'Traces', 'TeacherModel',
            'SFT', 'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'ModelShape', 'Machine', 'BaseModel',
-           'Steerable', 'SteerableSFT', 'SteerableGRPO', 'Sampling', 'record_of', 'cast', 'published', 'read_file',
+           'Steerable', 'Sampling', 'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast', 'published', 'read_file',
            'notes', 'optional', 'put', 'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'tell']
 
 # %% ../nbs/01_settings.ipynb #8ad55607
@@ -80,7 +80,7 @@ class Design:
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
 
-
+# %% ../nbs/01_settings.ipynb #79be4756
 @dataclass(frozen=True)
 class Traces:
     "[geometry.traces]: who writes the reasoning, how long it is, and what it may cost."
@@ -163,7 +163,7 @@ class RewardModel:
         if self.source == "scratch" and self.revision:
             raise ValueError(f"reward_model.source = scratch has no revision: leave revision = {self.revision!r} empty")
 
-
+# %% ../nbs/01_settings.ipynb #0fadb774
 @dataclass(frozen=True)
 class GRPO:
     "[geometry.grpo]: group-relative policy optimisation."
@@ -245,7 +245,7 @@ class Grid:
         if self.grid < 3 or self.grid % 2 == 0:
             raise ValueError(f"geometry.landscape.grid = {self.grid}: take an odd number from 3, so that the grid has a point at theta")
 
-
+# %% ../nbs/01_settings.ipynb #094f1cfd
 @dataclass(frozen=True)
 class ModelShape:
     "[model.<name>]: a policy, by source or by shape."
@@ -304,6 +304,16 @@ class Steerable:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    "[steerable.sampling]"
+
+    temperature: float
+    top_p: float
+    top_k: int
+    judge_temperature: float
+
+# %% ../nbs/01_settings.ipynb #6c0982c0
+@dataclass(frozen=True)
 class SteerableSFT:
     "[steerable.sft]"
 
@@ -329,7 +339,7 @@ class SteerableSFT:
         names = {f.name for f in fields(SFT)}
         return SFT(max_length=getattr(self, f"max_length_{dataset}"), **{k: v for k, v in asdict(self).items() if k in names})
 
-
+# %% ../nbs/01_settings.ipynb #00a28c92
 @dataclass(frozen=True)
 class SteerableGRPO:
     "[steerable.grpo]; its batches count prompts."
@@ -368,16 +378,6 @@ class SteerableGRPO:
         names = {f.name for f in fields(GRPO)} - {"batch_size"}
         same = {k: v for k, v in asdict(self).items() if k in names}
         return GRPO(batch_size=self.minibatch_size, batch_unit="prompts", updates_per_rollout=self.batch_size // self.minibatch_size, schedule="cosine", temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, **same)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    "[steerable.sampling]"
-
-    temperature: float
-    top_p: float
-    top_k: int
-    judge_temperature: float
 
 # %% ../nbs/01_settings.ipynb #36f3a953
 records = {

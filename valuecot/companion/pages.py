@@ -48,13 +48,13 @@ STAGES = {  # in the order of the data flow; a stage that is not here comes last
     "reward_model": "Reward model",
     "grpo": "GRPO",
     "samples": "Samples",
+    "arms": "The arms",
     "judge": "Judged samples",
     "score": "Scores",
     "spectrum": "Spectrum",
     "matrix": "Arm by target matrix",
     "range": "Landscape range",
     "landscape": "Landscape",
-    "arms": "The arms",
     "report": "Report",
 }
 SINGLE = ("report", "audit", "arms")  # stages that are read more than run: no list leads to their one page, which shows results first and hands out its tables
@@ -168,7 +168,7 @@ VOID = {"br", "col", "hr", "img"}
 ATTRIBUTES = {"alt", "class", "colspan", "height", "max", "open", "rowspan", "scope", "start", "style", "title", "value", "width"}
 SILENT = {"iframe", "math", "noscript", "object", "script", "style", "svg", "template", "textarea", "title"}
 
-
+# %% ../../nbs/companion/90_pages.ipynb #624d8bcc
 class Cleaner(HTMLParser):
     "HTML with harmless tags alone, balanced, its `run:` links resolved."
 
@@ -548,7 +548,7 @@ def stage_docname(pages: Sequence[Page]) -> str:  # pages of one stage
     "The page that a stage is reached by: the run itself, or a list of its runs."
     return pages[0].docname if pages[0].stage in SINGLE else "/".join(pages[0].docname.split("/")[:3]) + "/index"
 
-
+# %% ../../nbs/companion/90_pages.ipynb #d057724f
 def index_page(
     profile: str,
     pages: Sequence[Page],
@@ -638,7 +638,7 @@ def run_sphinx(
     if log.getvalue().strip():
         print(log.getvalue().strip().replace(str(sources) + "/", ""), file=sys.stderr)
 
-
+# %% ../../nbs/companion/90_pages.ipynb #cc7fe824
 def swap(
     new: Path,
     place: Path,

@@ -13,13 +13,10 @@ from ..flow.plan import Stage
 from ..flow.run import finish
 from ..settings import notes
 from ..stats import binned, mean_se
-from ..store import read_json
 from ..training.arguments import side_by_side
 from ..types import Run
-from ..view.curves import training_curves
-from ..view.gather import collect, curves, history, write_table
+from ..view.gather import collect, curve_figures, curves, history, sampled, save_figures, write_table
 from ..view.tables import Html, to_html, with_se
-from ..view.theme import Figure
 
 # %% ../../nbs/geometry/70_arms.ipynb #ec0ad78c
 stage = Stage("arms", reads=("geometry.sft", "geometry.grpo", "geometry.design", "arm.{registry}"), inputs=("sft", "grpo", "samples"), report=True)
@@ -63,16 +60,13 @@ def last_kl(folder) -> list[dict[str, float]]:
         return []
     end = rows[-max(2, len(rows) // 10) :]
     b = binned([r["step"] for r in end], [r["value"] for r in end], bins=1)[0]
-    return [{"KL": b.mean, "KL low": b.low, "KL high": b.high}]
+    return [{"KL": b.mean, "KL low": b.low, "KL high": b.high, "KL updates": b.n}]
 
 
 def outcomes(run: Run) -> pd.DataFrame:
     "One row for each run."
-    rows = collect(run, "samples", lambda folder: [{k: v for k, v in read_json(folder / "summary.json").items()}])
-    ends = collect(run, "grpo", last_kl)
-    low, high = zip(*rows.pop("well_formed_interval"), strict=True)
-    rows = rows.assign(well_formed_low_95=low, well_formed_high_95=high)
-    return rows.merge(ends, how="left", on=["model", "arm", "seed"]) if len(ends) else rows.assign(**{"KL": None, "KL low": None, "KL high": None})
+    rows, ends = sampled(run), collect(run, "grpo", last_kl)
+    return rows.merge(ends, how="left", on=["model", "arm", "seed"]) if len(ends) else rows.assign(**dict.fromkeys(("KL", "KL low", "KL high", "KL updates")))
 
 
 def span(value: float | None, low: float | None, high: float | None, digits: int = 2) -> str:
@@ -90,8 +84,9 @@ def shown(table: pd.DataFrame) -> Html:
         "KL from the start (95 %)": [span(*row, 3) for row in table[["KL", "KL low", "KL high"]].to_numpy().tolist()],
         "cut off": [f"{100 * x:.0f} %" for x in table.truncated], "tokens": [f"{x:.0f}" for x in table.tokens],
     })  # fmt: skip
-    n = ", ".join(sorted({str(x) for x in table.prompts}))
-    return to_html(found, f"n = {n} held-out prompts for each row; loss in nats/token, of the arm's own target text (not comparable between texts); KL in nats/token")
+    n, updates = (", ".join(str(int(x)) for x in sorted(set(table[column].dropna()))) for column in ("prompts", "KL updates"))
+    ends = f"; KL in nats/token, mean of the last {updates} updates with the interval of that mean" if updates else ""
+    return to_html(found, f"n = {n} held-out prompts for each row; SE: standard error over these prompts; loss in nats/token, of the arm's own target text (not comparable between texts); well formed: Wilson interval{ends}")
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
@@ -111,15 +106,11 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
 PANELS = {"sft": ("loss", "gradient_norm"), "grpo": ("reward", "kl", "entropy", "completion_length", "truncated", "format_rate", "gradient_norm")}
 
 
-def arm_curves(run: Run) -> dict[str, Figure]:
-    "Training curves of every arm that ran, by stage."
-    found = {}
-    for name, metrics in PANELS.items():
-        rows = curves(run, name, metrics)
-        if len(rows):
-            interval = f"95 % interval of the mean over the updates of a bin, {rows.updates.min()} to {rows.updates.max()} of them"
-            found[f"curves_{name}"] = training_curves(rows, f"{name.upper()} curves", f"profile {run.profile}", interval)
-    return found
+def arm_curves(run: Run) -> pd.DataFrame:
+    "Training curves of every arm that ran; a form that was not asked for has none."
+    rows = pd.concat([curves(run, name, metrics) for name, metrics in PANELS.items()])
+    unasked = [name.split(".", 1)[1] for name, arm in run.settings.sections.items() if name.startswith("arm.") and not arm.thinking]
+    return rows[~((rows.metric == "format_rate") & rows.arm.isin(unasked))] if len(rows) else rows
 
 
 def kept(run: Run) -> pd.DataFrame:
@@ -139,10 +130,8 @@ def run_arms(run: Run) -> dict[str, object]:  # name -> table or figure
     made["over_seeds"] = write_table(run, "over_seeds", over_seeds(made["outcomes"]))
     made["arguments"] = write_table(run, "arguments", pd.DataFrame(side_by_side(run.settings)))
     made["completions"] = write_table(run, "completions", kept(run))
-    made |= arm_curves(run)
-    for name, figure in made.items():
-        if isinstance(figure, Figure):
-            figure.save_png(run.out / f"{name}.png", dpi=150)
-    ran = [r for r in made["registry"].to_dict("records") if r["runs"] != "not run"]
-    finish(run, {"arms": len(made["registry"]), "arms that ran": len(ran), "not run": [r["arm"] for r in made["registry"].to_dict("records") if r["runs"] == "not run"]})
+    made |= curve_figures(run, arm_curves(run))
+    save_figures(run, made)
+    idle = made["registry"].arm[made["registry"].runs == "not run"].tolist()
+    finish(run, {"arms": len(made["registry"]), "arms that ran": len(made["registry"]) - len(idle), "not run": idle})
     return made

@@ -124,7 +124,7 @@ def run_audit(run: Run) -> dict[str, object]:  # name -> table, figure or page
         write_text(run.out / f"{name}.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     asked = rows[rows["style"].isin(ASKED)]
     made["figure"] = lengths_figure(asked, "Words of reasoning", f"profile {run.profile}, {asked.prompt_id.nunique()} prompts; headers of phases left out.")
-    made["figure"].save_png(run.out / "lengths.png", dpi=150)
+    made["figure"].save_png(run.out / "lengths.png")
     made["words"], made["published"] = words, run.settings["geometry"].prompts == "github"
     made["pages"] = Browser(entries(prompts, traces, findings, aside))
     finish(run, {"traces": len(traces), "findings": len(findings), "put aside": len(aside)})

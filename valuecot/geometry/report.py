@@ -16,15 +16,14 @@ from ..store import load_tensors, read_json, read_records
 from ..teacher.asked import read_traces
 from ..teacher.styles import ASKED
 from ..types import Landscape, Prompt, Rollout, Run, Trace
-from ..view.curves import training_curves
-from ..view.gather import collect, curves, write_table
+from ..view.gather import collect, curve_figures, curves, sampled, save_figures, write_table
 from ..view.landscapes import contours, surfaces
 from ..view.tables import Html, to_html, with_se
 from ..view.theme import Figure
 
 # %% auto #0
 __all__ = ['stage', 'titles', 'sources', 'spread', 'eigenvalue_table', 'paired', 'shown', 'evidence', 'landscape_figure',
-           'landscape_figures', 'teacher_table', 'sample_table', 'table_3', 'table_4', 'text_rows', 'run_report']
+           'landscape_figures', 'teacher_table', 'table_3', 'table_4', 'text_rows', 'run_report']
 
 # %% ../../nbs/geometry/90_report.ipynb #b5f2d284
 stage = Stage(
@@ -144,13 +143,6 @@ def teacher_table(run: Run) -> pd.DataFrame:
     by = rows.groupby(["model", "arm", "teacher"], sort=False)
     return by.agg(samples=("words", "size"), well_formed=("well_formed", "mean"), scored=("reward", "count"), reward=("reward", "mean"), reward_se=("reward", "sem"), words=("words", "mean")).reset_index()
 
-
-def sample_table(run: Run) -> pd.DataFrame:
-    "What each arm writes on held-out prompts, with its errors."
-    rows = collect(run, "samples", lambda folder: [read_json(folder / "summary.json")])
-    low, high = zip(*rows.pop("well_formed_interval"))
-    return rows.assign(well_formed_low_95=low, well_formed_high_95=high)
-
 # %% ../../nbs/geometry/90_report.ipynb #ca84d3db
 def table_3(run: Run) -> tuple[Prompt, list[Trace]]:
     "One held-out prompt with both of its traces."
@@ -188,18 +180,12 @@ def run_report(run: Run) -> dict[str, object]:  # name -> table or figure
         if model in settings["geometry.design"].models:
             made[name] = write_table(run, name, eigenvalue_table(rows, model, settings))
     made["table3"], made["table4"] = (write_table(run, name, table) for name, table in zip(("table3", "table4"), text_rows(run), strict=True))
-    made["samples"] = write_table(run, "samples", sample_table(run))
+    made["samples"] = write_table(run, "samples", sampled(run))
     made["samples_by_teacher"] = write_table(run, "samples_by_teacher", teacher_table(run))
     made["checks"] = write_table(run, "landscape_checks", collect(run, "landscape", lambda folder: read_json(folder / "checks.json")))
     made["curves"] = write_table(run, "curves", pd.concat([curves(run, "sft", ("loss",)), curves(run, "grpo", ("loss", "reward", "kl", "completion_length"))]))
     made |= landscape_figures(run)
-    for stage in ("sft", "grpo"):
-        part = made["curves"][made["curves"].stage == stage]
-        if len(part):
-            interval = f"95 % interval of the mean over the updates of a bin, {part.updates.min()} to {part.updates.max()} of them"
-            made[f"curves_{stage}"] = training_curves(part, f"{stage.upper()} curves", f"profile {run.profile}", interval)
-    for name, figure in made.items():
-        if isinstance(figure, Figure):
-            figure.save_png(run.out / f"{name}.png", dpi=150)
+    made |= curve_figures(run, made["curves"])
+    save_figures(run, made)
     finish(run, {"tables": sum(isinstance(v, pd.DataFrame) for v in made.values()), "figures": sum(isinstance(v, Figure) for v in made.values())})
     return made

@@ -49,7 +49,7 @@ class Backend(Protocol):
     async def close(self) -> None:
         ...
 
-
+# %% ../../nbs/providers/18_asking.ipynb #9fcca57c
 class Live:
     "A provider, or a server that speaks like one."
 
@@ -174,7 +174,7 @@ async def reserved(request: Request, backend: Backend, cache: Cache, cap: int | 
             raise CapReached(f"the next question could pass the cap: {usd(cache.spent)} are spent or on their way")
         await end.wait()
 
-
+# %% ../../nbs/providers/18_asking.ipynb #8f522d9a
 async def one_try(request: Request, backend: Backend, cache: Cache, cap: int | None, under_way: UnderWay) -> tuple[Reply, Future]:  # done when the reply is on disk
     "Log, send, settle."
     send = await reserved(request, backend, cache, cap, under_way)
@@ -294,7 +294,7 @@ def apart(requests: Iterable[Request], names: Iterable[str]) -> tuple[Iterable[R
         together.get(request.who, others).append(request)
     return others, together
 
-
+# %% ../../nbs/providers/18_asking.ipynb #1c65c960
 async def ask_all(
     requests: Iterable[Request],
     backends: dict[str, Backend],  # by provider/model

@@ -272,7 +272,7 @@ async def look(backend: Batched, id: str, policy: Policy) -> tuple[Told, dict]:
     "At a batch."
     return await patiently(lambda: backend.answer("GET", backend.queue.one.format(id=id), lambda batch: (backend.queue.told(batch), batch)), policy)
 
-
+# %% ../../nbs/providers/20_batches.ipynb #e692e171
 async def until_ended(backend: Batched, id: str, policy: Policy) -> None:
     "Wait for a batch; a state that is new to us is an error and no guess."
     while (told := (await look(backend, id, policy))[0]).state not in backend.queue.ended:
@@ -363,7 +363,7 @@ async def holds(backend: Batched, id: str, keys: Iterable[str], policy: Policy) 
     found, _ = await said(backend, (await look(backend, id, policy))[1], policy)
     return any(key in found for key in keys)
 
-
+# %% ../../nbs/providers/20_batches.ipynb #90a36004
 async def upload(backend: Batched, name: str, entries: list[dict], policy: Policy) -> str:  # id of the file
     "Entries as a file; one that is uploaded twice costs nothing."
     lines = "".join(json.dumps(entry) + "\n" for entry in entries)

@@ -88,7 +88,7 @@ def once_more(request: Request, reads: Reads, cache: Cache) -> Request | None:
     told = None if reply else cache.failure(request)
     return replace(request, sample=request.sample + 1) if told and told.reason.startswith(EMPTY) else None
 
-
+# %% ../../nbs/teacher/44_asked.ipynb #98e3e0d9
 def ask_twice(
     questions: list[tuple[Request, Reads]],
     backends: dict[str, Backend],  # by provider/model; none: the cache alone

@@ -88,7 +88,7 @@ def not_named(prompt: Prompt, trace: Trace) -> list[str]:
     text = " ".join(trace.phases).lower()
     return [f"value {name!r} is not named in the reasoning" for name in (trace.value_1, trace.value_2) if name.lower() not in text]
 
-
+# %% ../../nbs/teacher/48_audit.ipynb #4bb95103
 def long_sentences(prompt: Prompt, trace: Trace) -> list[str]:
     "Sentences that a small student cannot follow."
     return [f"sentence of {len(s.split())} words: {s!r}" for phase in trace.phases for s in sentences(phase) if len(s.split()) > LONGEST]
@@ -142,7 +142,7 @@ CHECKS: dict[str, Callable[[Prompt, Trace], list[str]]] = {
     "a verdict while exploring": early_verdict, "refusal": refusal, "another layout": other_layout,
 }  # fmt: skip
 
-
+# %% ../../nbs/teacher/48_audit.ipynb #1e3fced9
 LENGTH = "another length than asked"  # by more than TOLERANCE of what was asked, a tenth
 
 

@@ -142,7 +142,7 @@ def aside_lines(aside: Sequence[Quarantined], prompts: int, with_texts: bool) ->
     told = f"{lost} of {prompts} prompts ({100 * lost / max(prompts, 1):.1f} %) are lost to the study, since a trace of theirs was put aside: no arm is trained or measured on them."
     return [told, "", "| teacher | style | reason | replies |", "|---|---|---|---|", *(f"| {r['teacher']} | {r['style']} | {short(r['reason'], 200)} | {r['count']} |" for r in reasons)]
 
-
+# %% ../../nbs/teacher/51_release.ipynb #7aaf5751
 LOADING = """```python
 from datasets import load_dataset
 

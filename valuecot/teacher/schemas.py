@@ -60,7 +60,7 @@ class Reasoned(Form):
     cot: Words
     final_response: Words
 
-
+# %% ../../nbs/teacher/43_schemas.ipynb #6bc7f4e5
 class StandardReply(Form):
     "One continuous reasoning."
 

@@ -60,7 +60,7 @@ document.querySelectorAll(".vc-browser:not([data-live])").forEach(async box => {
 });
 """
 
-
+# %% ../../nbs/view/65_browser.ipynb #1ef80070
 def choices(rows: Sequence[dict], name: str) -> str:  # HTML
     "A drop-down list."
     counts = Counter(value for row in rows for own, values in row["marks"] if own == name for value in values)

@@ -13,6 +13,7 @@ import io
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import matplotlib as mpl
@@ -155,15 +156,20 @@ class Figure:
             canvas.savefig(out, format="png", dpi=dpi, bbox_inches="tight", bbox_extra_artists=[*canvas.get_children()], metadata={"Description": self.alt, "Software": ""})
         return out.getvalue()
 
-    def save_png(self, path: str | Path, dpi: int = 200) -> Path:
+    @cached_property
+    def picture(self) -> bytes:
+        "The PNG that page and folder share: drawing it takes seconds."
+        return self.png(150)
+
+    def save_png(self, path: str | Path) -> Path:
         "Write the twin to `path`."
         path = Path(path)
-        path.write_bytes(self.png(dpi))
+        path.write_bytes(self.picture)
         return path
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
         return {
             "application/vnd.plotly.v1+json": {"data": self.plotly["data"], "layout": captioned(self.plotly["layout"], self.alt, self.caption)},
-            "image/png": base64.b64encode(self.png(110)).decode(),
+            "image/png": base64.b64encode(self.picture).decode(),
             "text/plain": "\n".join([self.alt, self.caption]).strip(),
         }
