@@ -46,10 +46,10 @@ plan: env ## what would run, and what it needs in memory, time and downloads; ru
 dry: env ## what Snakemake would run, and why
 	@$(FLOW) dry --profile $(PROFILE) --study $(STUDY) --jobs $(JOBS) --target $(TARGET) --set $(call quoted,$(SET))
 
-test: env ## all tests: notebooks, as written and against the package, and tests/; JOBS=2 files at a time
+test: env ## all tests: notebooks as written, and tests/; JOBS=2 files at a time
 	@$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not prove"
 
-prove: env ## the long proofs: kills, seeds
+prove: env ## the long proofs: kills, seeds, notebooks against the package
 	@$(PY) -m pytest -m prove -rs
 
 peers: env ## other curvature packages, for benchmarks and tests, without their dependencies

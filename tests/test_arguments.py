@@ -8,7 +8,7 @@ import pytest
 from trl import GRPOConfig, RewardConfig, SFTConfig
 
 from valuecot.settings import load, notes
-from valuecot.training.arguments import CARRIED, EVERYWHERE, LEFT, OURS, QUIET, accumulation, completions_per_update, defaults, grpo_config, reward_config, sft_config, side_by_side
+from valuecot.training.arguments import CARRIED, EVERYWHERE, LEFT, OURS, QUIET, RECORDS, accumulation, completions_per_update, defaults, grpo_config, on_one_card, reward_config, sft_config, side_by_side
 
 CLASSES = {"sft": SFTConfig, "grpo": GRPOConfig, "reward_model": RewardConfig}
 BATCH = {"per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "bf16", "steps_per_generation"}
@@ -71,7 +71,7 @@ def test_a_cosine_with_a_floor(tmp_path):
     settings = dataclasses.replace(load("tiny")["geometry.sft"], min_learning_rate=2e-6)
     config = sft_config(settings, 0, tmp_path)
     assert config.lr_scheduler_type == "cosine_with_min_lr" and config.lr_scheduler_kwargs == {"min_lr": 2e-6}
-    with pytest.raises(ValueError, match="goes with schedule = cosine"):
+    with pytest.raises(ValueError, match="go(es)? with schedule = cosine"):
         sft_config(dataclasses.replace(settings, schedule="linear"), 0, tmp_path)
 
 
@@ -91,7 +91,21 @@ def test_every_setting_of_training_has_its_source_on_the_page():
                 assert said.get(f"geometry.{kind}.{key}"), f"settings.ini says nothing of geometry.{kind}.{key}"
     assert {"setting", "value", "source", "argument", "passed", "TRL's default"} == rows[0].keys()
     assert next(r for r in rows if r["setting"] == "geometry.grpo.kl_coef")["source"].startswith("G appendix C")
-    assert all(row["source"] for row in rows)
+    silent = {row["setting"] for row in rows if row["source"] == RECORDS}
+    assert silent <= {f"geometry.{name}" for name in ("sft.min_learning_rate", "grpo.min_learning_rate")}, "every other one has its source in settings.ini"
+
+
+def test_a_process_that_trains_alone_uses_one_card(tmp_path):
+    config = sft_config(load("tiny")["geometry.sft"], 0, tmp_path)
+    config._n_gpu = 2
+    assert on_one_card(config).n_gpu == 1
+
+
+def test_a_checkpoint_stands_between_rollouts():
+    settings = load("tiny")["geometry.grpo"]
+    for change in ({"iterations": 2}, {"updates_per_rollout": 2}):
+        with pytest.raises(ValueError, match="inside a rollout"):
+            dataclasses.replace(settings, checkpoint_every=5, **change)
 
 
 # ---- the second paper

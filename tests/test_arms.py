@@ -51,9 +51,9 @@ def test_every_arm_trains(name, outputs, place, monkeypatch):
         checkpoint, counts = grpo.run_grpo(run), read_json(run.out / "record.json")["counts"]
         prompts = sum({"sft": 24, "grpo": 16}[split] for split in arm.grpo.split("+")) * arm.fraction
         assert counts["prompts"] == prompts and checkpoint.steps == prompts * 4 // 16 and counts["start"] == policy[0]
-        assert (run.out / "completions.jsonl").read_text().count("\n") > 0 and not (run.out / ".trainer").exists()
+        assert (run.out / "completions.jsonl").read_text().count("\n") > 0
         metrics = {row.split('"metric": "')[1].split('"')[0] for row in (run.out / "history.jsonl").read_text().splitlines()}
-        assert {"reward", "kl", "entropy", "completion_length", "truncated", "format_rate", "gradient_norm", "not_scored"} <= metrics
+        assert {"reward", "kl", "entropy", "completion_length", "truncated", "gradient_norm", "not_scored"} <= metrics and ("format_rate" in metrics) == arm.thinking
     if not arm.sft and not arm.grpo:
         assert plan.inputs(find_job(plan, "samples", "llama", name, 0))[-1].stage == "base_model", "an untouched model is sampled as it is"
 

@@ -46,16 +46,21 @@ def test_two_processes_train_as_one(begin, tmp_path):
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], abs=1e-5), "an update sees the same rows"
     a, b = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
     assert a.keys() == b.keys() and max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-4
+    names = [sorted(p.name for p in (tmp_path / name / "model").iterdir()) for name in ("one", "two")]
+    assert names[0] == names[1], "no pickle beside the weights"
+    assert read_json(tmp_path / "two" / "model" / "config.json")["use_cache"]
     assert stored_parameters(tmp_path / "two" / "model") == parameter_count(load_model(tmp_path / "two" / "model")[0])
 
 
 def test_reinforcement_with_judge_reference_and_save(begin, judge, tmp_path):
     settings = GRPO(1, 8, 4, 0.1, 1e-2, "cosine", 0.1, "grpo", "group", 0.2, 1, False, 1.0, 1.0, 6, 0.0, 1.0, 4)
-    work = Work("grpo", begin, tmp_path / "model", tmp_path / ".trainer", [{"prompt": p.text} for p in PROMPTS], asdict(settings), True, 0, "", judge=judge, machine=TWO)
+    work = Work("grpo", begin, tmp_path / "model", tmp_path / ".trainer", [{"prompt": p.text} for p in PROMPTS], asdict(settings), True, 0, "", judge=judge, scope="full", machine=TWO)
     log = train(work)
     both_ran(tmp_path)
-    assert [row["step"] for row in log if "reward" in row] == [1, 2, 3, 4] and all("kl" in row and "reward_full" in row for row in log if "reward" in row)
-    assert parameter_count(load_model(tmp_path / "model")[0]) > 0
+    assert [row["step"] for row in log if "reward" in row] == [1, 2, 3, 4] and all("kl" in row and "reward_response" in row for row in log if "reward" in row)
+    start, end = (load_file(folder / "model.safetensors") for folder in (begin, tmp_path / "model"))
+    moved = max(float((start[name] - end[name]).abs().max()) for name in start)
+    assert start.keys() == end.keys() and 0 < moved < 1
 
 
 @pytest.mark.prove

@@ -490,6 +490,7 @@ def test_a_judge_with_a_head_of_several_layers_is_read_and_saved(tmp_path, width
     tokenizer = train_tokenizer(["May I keep the ring? Ask who lost it."] * 3, 320)
     model = GRewardModel(LlamaConfig(vocab_size=320, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1), widths)
     save_model(model, tokenizer, tmp_path / "theirs")
+    edit(tmp_path / "theirs", "config.json", dtype="bfloat16")  # as published; scored in float32 all the same
     names = {name for name, _ in model.named_parameters() if name.startswith("v_head")}
     assert names == ({"v_head.summary.weight", "v_head.summary.bias"} if len(widths) == 1 else {f"v_head.summary.{2 * i}.{kind}" for i in range(len(widths)) for kind in ("weight", "bias")})
     judge = ScalarReward(tmp_path / "theirs")

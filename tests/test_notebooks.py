@@ -2,6 +2,8 @@
 
 import ast
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,12 @@ def source(cell) -> str:
 
 def test_the_package_is_in_step_with_the_notebooks():
     assert stale_exports() == []
+
+
+def test_the_package_defines_every_name_that_it_uses():
+    "A name that only a cell without export brings in works in the notebook, and nowhere else."
+    said = subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821,F822", "--output-format", "concise", "valuecot"], cwd=ROOT, capture_output=True, text=True)
+    assert said.returncode == 0, said.stdout
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,20 +52,12 @@ def train(kind: str, begin: Path, place: Path, key: str = "ours", seed: int = 0)
     elif kind == "reward":
         fix(seed)
         model = reward_shape(SHAPE, tokenizer)
-        checkpoints_every(EVERY)
-        log = train_reward(model, tokenizer, preference_pairs(PROMPTS, TRACES, 24, 0), RewardModel("scratch", "response", 24, 2, 4, 1e-2), seed, place, device, key)
+        log = train_reward(model, tokenizer, preference_pairs(PROMPTS, TRACES, 24, 0), RewardModel("scratch", "response", 24, 2, 4, 1e-2, checkpoint_every=EVERY), seed, place, device, key)
     else:  # two updates a rollout: checkpoints stand between rollouts
         settings = GRPO(2, 8, 4, 0.1, 1e-2, "cosine", 0.1, "grpo", "group", 0.2, 1, False, 1.0, 1.0, 6, 0.0, 1.0, 4, updates_per_rollout=2, checkpoint_every=EVERY)
         log = train_grpo(model, tokenizer, [{"prompt": p.text} for p in PROMPTS], letters, settings, True, seed, place, device, key)
     save_model(model, tokenizer, place.parent / f"{place.name}-weights")
     return log
-
-
-def checkpoints_every(n: int) -> None:
-    "The reward model's stage checkpoints every 50 updates; here there are 12."
-    from valuecot.training import reward
-
-    reward.saving = lambda every, key: checkpoints.saving(n, key)
 
 
 def weights(place: Path) -> dict[str, torch.Tensor]:
@@ -90,9 +83,9 @@ class Killer(TrainerCallback):
         if state.global_step == kill_at:
             threading.Thread(target=die).start()
 original = checkpoints.fit
-def fit(trainer, key=""):
+def fit(trainer):
     trainer.add_callback(Killer())
-    return original(trainer, key)
+    return original(trainer)
 import valuecot.training.sft, valuecot.training.grpo, valuecot.training.reward
 for module in (valuecot.training.sft, valuecot.training.grpo, valuecot.training.reward):
     module.fit = fit
@@ -122,9 +115,13 @@ def through(begin, tmp_path_factory):
     return found
 
 
-def check_kill(kind: str, begin: Path, through, place: Path, kill_at: int, delay: float) -> None:
+def check_kill(kind: str, begin: Path, through, place: Path, kill_at: int, delay: float, capsys) -> None:
     assert killed(kind, begin, place, kill_at, delay) == -signal.SIGKILL
+    found = latest(place, "ours")
+    assert found or kill_at <= EVERY, "an update behind the first checkpoint has one to go on from"
+    capsys.readouterr()
     log = train(kind, begin, place)
+    assert (f"going on from {found.name}" if found else "") in capsys.readouterr().err
     expected, whole = through[kind]
     assert same(weights(place), expected), f"{kind}, killed {delay:.3f} s into update {kill_at}"
     losses = [[row["loss"] for row in rows if "loss" in row] for rows in (log, whole)]
@@ -132,17 +129,17 @@ def check_kill(kind: str, begin: Path, through, place: Path, kill_at: int, delay
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_training_ends_with_the_same_bits(kind, begin, through, tmp_path):
-    check_kill(kind, begin, through, tmp_path / kind, kill_at=5, delay=0.0)
-    assert (tmp_path / kind / "checkpoint-6" / SEAL).exists() or STEPS[kind] > 8
+def test_a_killed_training_ends_with_the_same_bits(kind, begin, through, tmp_path, capsys):
+    check_kill(kind, begin, through, tmp_path / kind, kill_at=5, delay=0.0, capsys=capsys)
+    assert (tmp_path / kind / f"checkpoint-{STEPS[kind]}" / SEAL).exists()
 
 
 @pytest.mark.prove
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("kind", KINDS)
-def test_at_any_moment(kind, seed, begin, through, tmp_path):
+def test_at_any_moment(kind, seed, begin, through, tmp_path, capsys):
     rng = random.Random(f"{kind} {seed}")
-    check_kill(kind, begin, through, tmp_path / kind, rng.randrange(1, STEPS[kind]), rng.uniform(0, 0.15))
+    check_kill(kind, begin, through, tmp_path / kind, rng.randrange(1, STEPS[kind]), rng.uniform(0, 0.15), capsys)
 
 
 def test_another_seed_is_another_run(begin, through, tmp_path):
@@ -193,9 +190,23 @@ def test_a_full_disk_costs_no_run(begin, through, tmp_path, monkeypatch):
 
 def test_kept_completions_survive_a_kill(tmp_path):
     file = tmp_path / "completions.jsonl"
-    rows = [{"step": s, "prompt": "p", "completion": f"{s} {i}", "reward": 0.0} for s in (0, 2) for i in range(2)]
+    rows = [{"step": s, "sample": i, "prompt": "p", "completion": f"{s} {i}", "reward": 0.0} for s in (0, 2) for i in range(2)]
     text = "".join(json.dumps(r) + "\n" for r in rows)
     file.write_text(text + json.dumps(rows[2])[:20])
-    assert kept_completions(file, 2) == rows
+    assert kept_completions(file) == rows
     file.write_text(text + "".join(json.dumps(r) + "\n" for r in rows[2:]))  # update 2 was done again
-    assert kept_completions(file, 2) == rows and kept_completions(tmp_path / "none", 2) == []
+    assert kept_completions(file) == rows and kept_completions(tmp_path / "none") == []
+
+
+def nothing(prompts, completions, **columns) -> list[None]:
+    return [None] * len(completions)
+
+
+def test_a_rollout_that_cannot_be_scored_does_not_end_the_run(begin, tmp_path):
+    model, tokenizer = load_model(begin, str(fix(0)))
+    settings = GRPO(1, 8, 4, 0.1, 1e-2, "cosine", 0.1, "grpo", "group", 0.2, 1, False, 1.0, 1.0, 6, 0.0, 1.0, 4)
+    prompts = [{"prompt": p.text} for p in PROMPTS]
+    history = checkpoints.history_rows(train_grpo(model, tokenizer, prompts, nothing, settings, True, 0, tmp_path))
+    assert {row["value"] for row in history if row["metric"] == "not_scored"} == {1.0} and not any(row["metric"] == "reward" for row in history)
+    with pytest.raises(RuntimeError, match="in 2 rollouts in a row no completion could be scored"):
+        train_grpo(model, tokenizer, prompts, nothing, replace(settings, patience=2), True, 0, tmp_path)

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from valuecot.curvature import MatrixOperator
+from valuecot.flow.plan import Plan
 from valuecot.flow.run import begin, clear
+from valuecot.flow.study import show
 from valuecot.geometry import landscape
 from valuecot.geometry.landscape import surface
 
@@ -76,6 +78,16 @@ def test_a_second_run_does_nothing(outputs):
     said, _ = again.communicate(timeout=120)
     assert again.returncode == 0, said
     assert {p: p.stat().st_ino for p in (outputs / "test/geometry").rglob("run.json")} == stamps
+
+
+def test_nothing_runs_on_past_its_end(outputs):
+    assert not list(outputs.rglob(".trainer")), "checkpoints go when a run is complete"
+
+
+def test_a_plan_names_only_the_downloads_that_its_models_need():
+    assert "needs a download" not in show(Plan("tiny", "geometry"))
+    said = show(Plan("paper", "geometry"))
+    assert "model.qwen.source = Qwen/Qwen3.5-0.8B" in said and "llama3-8b" not in said
 
 
 def dry_run(folder: Path, **config: str) -> str:

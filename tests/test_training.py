@@ -128,7 +128,7 @@ def test_a_reward_within_reach_rises_and_a_constant_one_teaches_nothing(family, 
 
 # ---- rewards
 def test_a_reward_that_is_no_number_stops_the_run(family, tmp_path):
-    with pytest.raises(ValueError, match="gave nan for the prompt"):
+    with pytest.raises(ValueError, match="was nan for the prompt"):
         check_rewards([float("nan")], ["May I?"])
     bad = lambda prompts, completions, **_: [float("nan")] * len(completions)
     with pytest.raises(ValueError, match="reward was nan"):

@@ -8,7 +8,7 @@ from transformers import Trainer
 from trl.trainer import utils as trl_utils
 
 from valuecot.curvature.planner import Live
-from valuecot.settings import load
+from valuecot.settings import Machine, load
 from valuecot.training import costs
 from valuecot.training import training_costs as foretell
 from valuecot.training.arguments import grpo_config, sft_config
@@ -155,7 +155,8 @@ def test_disk_of_checkpoints(family, updates, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", counted)
     data = Dataset.from_list([conversation(PROMPT, TRACE, True)] * 2)
     trainer = SFTTrainer(model=model, args=sft_config(settings, 0, tmp_path, **saving(1, "a key")), train_dataset=data, processing_class=tokenizer)
-    fit(trainer, "a key")
+    trainer.key = "a key"
+    fit(trainer)
     shape = foretell.shape(model.config)
     assert max(sizes) == pytest.approx(3 * min(3, updates) * shape.weights, rel=0.05)
     assert foretell.disk(shape, updates, 1) == max(3 * min(3, updates), 3 * min(2, updates) + 1) * shape.weights
@@ -171,7 +172,7 @@ def given(profile: str, overrides: str = "", **machine) -> foretell.Given:
 @pytest.fixture
 def quick(monkeypatch):
     "A machine that nobody measured."
-    monkeypatch.setattr(costs, "machine_here", lambda settings: foretell.Machine("a machine", False, 1e15, {"float32": 1e12, "bfloat16": 1e13}, 1e11))
+    monkeypatch.setattr(costs, "machine_here", lambda settings: foretell.Device("a machine", False, 1e15, {"float32": 1e12, "bfloat16": 1e13}, 1e11))
 
 
 def test_arms_that_share_fine_tuning_are_counted_once():
@@ -192,7 +193,7 @@ def test_rows_are_all_jobs_and_differ_where_arms_do(quick):
     assert by["sft", "half"].cost.updates < by["sft", "standard"].cost.updates
     assert by["grpo", "base"].cost.updates > by["grpo", "standard"].cost.updates > by["grpo", "half"].cost.updates
     assert by["grpo", "format"].cost.memory < by["grpo", "standard"].cost.memory and by["grpo", "format"].cost.seconds < by["grpo", "standard"].cost.seconds
-    said = foretell.report(found)
+    said = foretell.training_report(found)
     assert "does not fit" not in said and "base, standard and" in said and f"training: {sum(row.runs for row in rows)} runs" in said
 
 
@@ -203,13 +204,18 @@ def test_what_does_not_fit_is_said_with_a_way_out(quick):
     lines = {free: foretell.too_large(foretell.rows(found := given("test", overrides, free=free)), found) for free in (whole - 1, least, least - 1)}
     about = {free: next(line for line in said if "sft of llama" in line) for free, said in lines.items()}
     assert "activation_checkpointing=yes'" in about[whole - 1] and "micro_batch=1 geometry.sft.activation_checkpointing=yes'" in about[least]
-    assert "no setting of the study is enough" in about[least - 1] and "several processes" in about[least - 1]
+    assert "no setting of the study is enough" in about[least - 1] and "several cards" in about[least - 1]
 
 
 def test_processes_share_weights_gradients_and_optimiser():
     model, settings = foretell.shape(costs.shape_of("llama", TINY["model.llama"])[0]), TINY["geometry.sft"]
-    one, two = (foretell.sft_memory(model, replace(settings, micro_batch=4), 100, False, processes) for processes in (1, 2))
-    assert one - two >= 1.5 * model.weights
+    one, copies, parts = (foretell.sft_memory(model, replace(settings, micro_batch=2), 100, False, machine) for machine in (Machine(), Machine(2), Machine(2, "fsdp2")))
+    assert one == copies and copies - parts >= 1.5 * model.weights, "ddp holds the whole model in each process"
+
+
+def test_the_plan_counts_the_processes_of_policies_alone(quick):
+    by = {n: {row.stage: row.cost for row in foretell.rows(given("test", f"machine.processes={n}"))} for n in (1, 2)}
+    assert {stage: by[1][stage].seconds / by[2][stage].seconds for stage in by[1]} == pytest.approx({"base_model": 1, "reward_model": 1, "sft": 2, "grpo": 2, "samples": 1})
 
 
 def test_the_papers_models_are_planned_without_weights_or_network(quick, monkeypatch):
@@ -218,7 +224,7 @@ def test_the_papers_models_are_planned_without_weights_or_network(quick, monkeyp
 
     monkeypatch.setattr("socket.socket.connect", refused)
     found, notes = costs.training_given(load("paper"), 159)
-    said = foretell.report(found, notes)
+    said = foretell.training_report(found, notes)
     assert "3,212.8 M parameters" in said and "not in the local cache" in said
     lines = [line.split() for line in said.splitlines()]
     assert next(line for line in lines if line[:3] == ["grpo", "qwen", "base"])[3:5] == ["1", "2,292"]

@@ -80,7 +80,7 @@ class Design:
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
 
-# %% ../nbs/01_settings.ipynb #79be4756
+# %% ../nbs/01_settings.ipynb #64085721-2
 @dataclass(frozen=True)
 class Traces:
     "[geometry.traces]: who writes the reasoning, how long it is, and what it may cost."
@@ -125,7 +125,7 @@ class TeacherModel:
         if self.batched and self.provider not in ("openai", "anthropic", "google"):
             raise ValueError(f"a teacher with batched = yes has provider openai, anthropic or google: {self.provider} has no batch queue (model {self.model})")
 
-# %% ../nbs/01_settings.ipynb #64085721-2
+# %% ../nbs/01_settings.ipynb #64085721-3
 @dataclass(frozen=True)
 class SFT:
     "[geometry.sft]: supervised fine-tuning."
@@ -146,6 +146,10 @@ class SFT:
     cycle: float = 1.0  # length of the cosine, in trainings; above 1 it is broken off
     masking: Literal["completion", "left-padded"] = "completion"  # left-padded: what is left of a mask of the prompt's length that is laid over padding first
 
+    def __post_init__(self):
+        if self.schedule != "cosine" and (self.min_learning_rate or self.cycle != 1):
+            raise ValueError(f"sft.min_learning_rate = {self.min_learning_rate} and sft.cycle = {self.cycle} go with schedule = cosine, not {self.schedule}")
+
 
 @dataclass(frozen=True)
 class RewardModel:
@@ -158,12 +162,13 @@ class RewardModel:
     batch_size: int
     learning_rate: float
     revision: str = ""  # commit, tag or branch of the hub; "": the commit that was downloaded first
+    checkpoint_every: int = 50  # updates that a kill can cost
 
     def __post_init__(self):
         if self.source == "scratch" and self.revision:
             raise ValueError(f"reward_model.source = scratch has no revision: leave revision = {self.revision!r} empty")
 
-# %% ../nbs/01_settings.ipynb #0fadb774
+# %% ../nbs/01_settings.ipynb #64085721-4
 @dataclass(frozen=True)
 class GRPO:
     "[geometry.grpo]: group-relative policy optimisation."
@@ -196,17 +201,19 @@ class GRPO:
     activation_checkpointing: bool = False  # less memory, more time, the same numbers
     rollouts: Literal["transformers", "vllm"] = "transformers"  # who generates
     checkpoint_every: int = 50  # updates that a kill can cost
-    patience: int = 0  # updates in a row that can teach nothing, before the run stops; 0: it goes on
+    patience: int = 0  # rollouts in a row that can teach nothing, before the run stops; 0: it goes on
 
     def __post_init__(self):
         if self.batch_unit == "completions" and self.batch_size % self.group_size:
             raise ValueError(f"grpo.batch_size={self.batch_size} is no multiple of grpo.group_size={self.group_size}: every group must be whole")
         if self.group_size < 2:
             raise ValueError(f"grpo.group_size={self.group_size}: a completion is judged against the others of its group, so at least 2")
-        if self.checkpoint_every % self.updates_per_rollout:
-            raise ValueError(f"grpo.checkpoint_every={self.checkpoint_every} is no multiple of grpo.updates_per_rollout={self.updates_per_rollout}: inside a rollout a run cannot be taken up again")
+        if self.checkpoint_every % (self.updates_per_rollout * self.iterations):
+            raise ValueError(f"grpo.checkpoint_every={self.checkpoint_every} is no multiple of updates_per_rollout={self.updates_per_rollout} times iterations={self.iterations}: inside a rollout a run cannot be taken up again")
+        if self.schedule != "cosine" and self.min_learning_rate:
+            raise ValueError(f"grpo.min_learning_rate = {self.min_learning_rate} goes with schedule = cosine, not {self.schedule}")
 
-# %% ../nbs/01_settings.ipynb #64085721-3
+# %% ../nbs/01_settings.ipynb #64085721-5
 @dataclass(frozen=True)
 class Samples:
     "[geometry.samples]: completions drawn on held-out prompts."
@@ -245,7 +252,7 @@ class Grid:
         if self.grid < 3 or self.grid % 2 == 0:
             raise ValueError(f"geometry.landscape.grid = {self.grid}: take an odd number from 3, so that the grid has a point at theta")
 
-# %% ../nbs/01_settings.ipynb #094f1cfd
+# %% ../nbs/01_settings.ipynb #64085721-6
 @dataclass(frozen=True)
 class ModelShape:
     "[model.<name>]: a policy, by source or by shape."
@@ -292,8 +299,9 @@ class BaseModel:
     batch_size: int
     learning_rate: float
     samples: int
+    checkpoint_every: int = 100  # updates that a kill can cost
 
-# %% ../nbs/01_settings.ipynb #64085721-4
+# %% ../nbs/01_settings.ipynb #64085721-7
 @dataclass(frozen=True)
 class Steerable:
     "[steerable]: the two benchmarks."
@@ -312,7 +320,7 @@ class Sampling:
     top_k: int
     judge_temperature: float
 
-# %% ../nbs/01_settings.ipynb #6c0982c0
+# %% ../nbs/01_settings.ipynb #64085721-8
 @dataclass(frozen=True)
 class SteerableSFT:
     "[steerable.sft]"
@@ -339,7 +347,7 @@ class SteerableSFT:
         names = {f.name for f in fields(SFT)}
         return SFT(max_length=getattr(self, f"max_length_{dataset}"), **{k: v for k, v in asdict(self).items() if k in names})
 
-# %% ../nbs/01_settings.ipynb #00a28c92
+# %% ../nbs/01_settings.ipynb #64085721-9
 @dataclass(frozen=True)
 class SteerableGRPO:
     "[steerable.grpo]; its batches count prompts."
@@ -455,7 +463,7 @@ def read_file(path: Path) -> configparser.ConfigParser:  # every section, values
     parser.read_string(path.read_text(encoding="utf-8"), source=path.name)
     return parser
 
-# %% ../nbs/01_settings.ipynb #66f951ee
+# %% ../nbs/01_settings.ipynb #0e3cbb49
 def notes(path: Path | None = None) -> dict[str, str]:  # "section.key" -> comment
     "Where every setting comes from, by the comments of settings.ini."
     found, section = {}, ""
@@ -466,7 +474,7 @@ def notes(path: Path | None = None) -> dict[str, str]:  # "section.key" -> comme
             found[f"{section}.{written[1]}"] = written[2]
     return found
 
-# %% ../nbs/01_settings.ipynb #4caea13c
+# %% ../nbs/01_settings.ipynb #7975f225
 def optional(section: str) -> set[str]:
     "Keys that a section may leave out."
     return {f.name for f in fields(record_of(section)) if f.default is not MISSING} if record_of(section) else set()
@@ -510,13 +518,14 @@ def typed(section: str, values: dict[str, str]) -> object:  # the section's reco
         raise KeyError(f"[{section}] lacks {', '.join(missing)}")
     return kind(**{n: cast(given[n], hints[n], f"{section}.{n}") for n in names if n in given})
 
-# %% ../nbs/01_settings.ipynb #64085721-5
+# %% ../nbs/01_settings.ipynb #64085721-10
 @dataclass(frozen=True)
 class Settings:
     "Validated settings of one profile."
 
     profile: str
     sections: dict[str, object]
+    overrides: str = ""  # as `SET` gave them; the sections hold what came of them
 
     def __getitem__(self, section: str):
         "Record of `section`."
@@ -526,7 +535,7 @@ class Settings:
 
     def only(self, names: list[str]) -> Settings:
         "The same settings, limited to sections `names`."
-        return Settings(self.profile, {name: self[name] for name in names})
+        return Settings(self.profile, {name: self[name] for name in names}, self.overrides)
 
     def values(self) -> dict[str, object]:  # plain data, for keys and run.json
         "Sections as dictionaries."
@@ -550,7 +559,7 @@ def load(
             put(sections, name, value, f"[{source}]")
     for name, value in given.items():
         put(sections, name, value, "SET")
-    settings = Settings(profile, {name: typed(name, values) for name, values in sections.items()})
+    settings = Settings(profile, {name: typed(name, values) for name, values in sections.items()}, overrides)
     check_design(settings)
     return settings
 
@@ -574,7 +583,7 @@ def check_design(settings: Settings) -> None:
     if not taught or len(set(taught)) < len(taught):
         raise ValueError(f"geometry.traces.teachers = {', '.join(taught) or 'nobody'}: name each once, and at least one")
 
-# %% ../nbs/01_settings.ipynb #604506f6
+# %% ../nbs/01_settings.ipynb #4624cb56
 def tell(
     argv: list[str],  # --profile tiny --set "section.key=value ..."
     module: str,  # run as `python -m`

@@ -175,7 +175,7 @@ def named_files(settings: Settings) -> dict[str, str]:  # "section.key/file" -> 
     found = {}
     for section, record in settings.sections.items():
         for key, value in vars(record).items() if hasattr(record, "__dataclass_fields__") else ():
-            folder = root() / value if isinstance(value, Source | Weights) and value else Path()
+            folder = root() / Path(value).expanduser() if isinstance(value, Source | Weights) and value else Path()
             if isinstance(value, Weights) and folder.is_dir():
                 found |= {f"{section}.{key}/{name}": sha for name, sha in hash_folder(folder).items()}
             if isinstance(value, Source) and value not in ("", "embedded", "github", "official"):

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,8 +27,8 @@ from ..store import digest, hash_file, hash_folder, read_json, write_json
 from ..types import Run
 
 # %% auto #0
-__all__ = ['begin', 'check_complete', 'finish', 'revision', 'environment', 'locked', 'execute', 'clear', 'run_stage',
-           'provenance', 'main']
+__all__ = ['WORKPLACE', 'begin', 'check_complete', 'finish', 'revision', 'environment', 'locked', 'die_with_parent', 'execute',
+           'clear', 'run_stage', 'provenance', 'main']
 
 # %% ../../nbs/flow/14_run.ipynb #cbfaefb8
 def begin(
@@ -100,6 +102,12 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:  # False: somebody 
             return
         yield True
 
+# %% ../../nbs/flow/14_run.ipynb #2c2a9b8f
+def die_with_parent() -> None:
+    "Have this process killed when its parent dies; only Linux offers that."
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
 # %% ../../nbs/flow/14_run.ipynb #de425539
 def execute(notebook: Path, out: Path, parameters: dict[str, object]) -> None:
     "Run `notebook` by papermill; `failed.ipynb` becomes `run.ipynb` if every cell ran."
@@ -123,7 +131,10 @@ def clear(folder: Path) -> None:
             continue
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-# %% ../../nbs/flow/14_run.ipynb #6c46bb11
+# %% ../../nbs/flow/14_run.ipynb #d21196ff
+WORKPLACE = ".trainer"  # in a run's folder: what it needs to go on from, gone when it is complete
+
+
 def run_stage(plan: Plan, job: Job) -> Path:  # the run's folder
     "Execute one job and mark it complete."
     folder = plan.run_file(job).parent
@@ -144,6 +155,7 @@ def run_stage(plan: Plan, job: Job) -> Path:  # the run's folder
         if Plan(plan.profile, plan.study, plan.overrides).key(job) != key:
             raise RuntimeError(f"{job.label}: its code, settings or inputs were edited while it ran; run `make study` again")
         write_json(folder / "run.json", provenance(plan, job, key, parameters, time.monotonic() - started))
+        shutil.rmtree(folder / WORKPLACE, ignore_errors=True)
     return folder
 
 # %% ../../nbs/flow/14_run.ipynb #74d22e4d

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import argparse
 import configparser
-import ctypes
 import os
-import signal
 import subprocess
 import sys
 from contextlib import nullcontext
 
 from .fingerprints import stale_exports
 from .plan import Plan, stages, why
-from .run import locked
+from .run import die_with_parent, locked
 from .warm import server
 from ..settings import nearest, outputs, root
 
 # %% auto #0
-__all__ = ['studies', 'plans', 'show', 'targets', 'command', 'die_with_parent', 'run', 'report', 'main']
+__all__ = ['studies', 'plans', 'show', 'targets', 'command', 'run', 'report', 'main']
 
 # %% ../../nbs/flow/15_study.ipynb #db8f6250
 studies = ("geometry", "steerable")
@@ -48,13 +46,14 @@ def show(plan: Plan) -> str:
     waiting = {job: why(plan, job) for job in jobs}
     lines = [f"{plan.study}, profile {plan.profile}: {sum(map(bool, waiting.values()))} of {len(jobs)} runs to do"]
     lines += [f"  {job.label:<44} {reason or 'complete'}" for job, reason in waiting.items()]
+    used = {f"model.{name}" for name in plan.settings["geometry.design"].models}
     for section, record in plan.settings.sections.items():
         source = getattr(record, "source", "scratch")
-        if source != "scratch" and section.startswith((f"{plan.study}.", "model.")):
+        if source != "scratch" and (section.startswith(f"{plan.study}.") or section in used):
             lines.append(f"  needs a download: {section}.source = {source} (accept its licence where it is gated)")
     return "\n".join(lines)
 
-# %% ../../nbs/flow/15_study.ipynb #3c7bf6fb
+# %% ../../nbs/flow/15_study.ipynb #c8e41ee4
 def targets(chosen: list[Plan], target: str) -> list[str]:  # of Snakemake
     "What a target stands for: everything, one stage with what it needs, or a file of the outputs."
     if target == "all" or "/" in target:
@@ -74,16 +73,11 @@ def command(
     "Snakemake's command line."
     first = chosen[0]
     words = [sys.executable, "-m", "snakemake", *targets(chosen, target), "--cores", str(jobs), "--directory", str(root()), "--snakefile", str(root() / "Snakefile"), "--nolock"]
+    words += ["--resources", f"gpu={first.settings['machine'].processes}"]  # one training at a time has the cards
     words += ["--workflow-profile", str(root() / "profiles/default")]
     words += ["--dry-run"] if dry else ["--quiet", "rules", "progress", "host"]
     config = [f"profile={first.profile}", f"study={','.join(p.study for p in chosen)}", f"overrides={first.overrides}"]
     return [*words, "--config", *config]
-
-# %% ../../nbs/flow/15_study.ipynb #576787bb
-def die_with_parent() -> None:
-    "Have this process killed when its parent dies; only Linux offers that."
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 # %% ../../nbs/flow/15_study.ipynb #af4f56f8
 def run(chosen: list[Plan], jobs: int, dry: bool = False, target: str = "all") -> int:  # exit status
@@ -102,7 +96,7 @@ def run(chosen: list[Plan], jobs: int, dry: bool = False, target: str = "all") -
             status = subprocess.run(command(chosen, jobs, dry, target), env=env | warm, cwd=root(), preexec_fn=die_with_parent).returncode
     return status if dry else report(chosen, status, target)
 
-# %% ../../nbs/flow/15_study.ipynb #e7c237a9
+# %% ../../nbs/flow/15_study.ipynb #0e26da30
 def report(chosen: list[Plan], status: int, target: str = "all") -> int:  # exit status
     "Say where the companion is, or what is missing."
     wanted = [(p, j) for p in chosen for j in p.jobs() if target in ("all", j.stage)]

@@ -79,14 +79,15 @@ def shown(table: pd.DataFrame) -> Html:
     found = pd.DataFrame({
         "model": table.model, "arm": table.arm, "seed": table.seed,
         "held-out loss ± SE": [with_se(a, b) for a, b in zip(table.loss, table.loss_se, strict=True)],
+        "n of loss": table.loss_prompts,
         "reward ± SE": [with_se(a, b) for a, b in zip(table.reward, table.reward_se, strict=True)],
         "well formed (95 %)": [span(*row) for row in table[["well_formed", "well_formed_low_95", "well_formed_high_95"]].to_numpy().tolist()],
         "KL from the start (95 %)": [span(*row, 3) for row in table[["KL", "KL low", "KL high"]].to_numpy().tolist()],
-        "cut off": [f"{100 * x:.0f} %" for x in table.truncated], "tokens": [f"{x:.0f}" for x in table.tokens],
+        "cut off": [f"{100 * x:.0f} %" for x in table.truncated], "tokens ± SE": [with_se(a, b) for a, b in zip(table.tokens, table.tokens_se, strict=True)],
     })  # fmt: skip
     n, updates = (", ".join(str(int(x)) for x in sorted(set(table[column].dropna()))) for column in ("prompts", "KL updates"))
     ends = f"; KL in nats/token, mean of the last {updates} updates with the interval of that mean" if updates else ""
-    return to_html(found, f"n = {n} held-out prompts for each row; SE: standard error over these prompts; loss in nats/token, of the arm's own target text (not comparable between texts); well formed: Wilson interval{ends}")
+    return to_html(found, f"n = {n} held-out prompts for each row, those of them with a text of the arm for the loss; SE: standard error over prompts; loss in nats/token, of the arm's own target text (not comparable between texts); well formed: Wilson interval{ends}")
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
@@ -107,10 +108,8 @@ PANELS = {"sft": ("loss", "gradient_norm"), "grpo": ("reward", "kl", "entropy", 
 
 
 def arm_curves(run: Run) -> pd.DataFrame:
-    "Training curves of every arm that ran; a form that was not asked for has none."
-    rows = pd.concat([curves(run, name, metrics) for name, metrics in PANELS.items()])
-    unasked = [name.split(".", 1)[1] for name, arm in run.settings.sections.items() if name.startswith("arm.") and not arm.thinking]
-    return rows[~((rows.metric == "format_rate") & rows.arm.isin(unasked))] if len(rows) else rows
+    "Training curves of every arm that ran."
+    return pd.concat([curves(run, name, metrics) for name, metrics in PANELS.items()])
 
 
 def kept(run: Run) -> pd.DataFrame:

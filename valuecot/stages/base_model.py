@@ -46,8 +46,7 @@ def build(shape: ModelShape, settings: BaseModel, prompts: list[Prompt], traces:
     tokenizer = train_tokenizer([m["content"] for chat in talk for m in chat] + teacher, shape.vocab, empty_think=shape.architecture == "qwen3_5")
     model = scratch_model(shape, tokenizer).to(device)
     texts = [tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False) for chat in talk]
-    with workplace(run) as place:
-        return model, tokenizer, pretrain(model, tokenizer, texts, settings, 0, place, device, training_key(run))
+    return model, tokenizer, pretrain(model, tokenizer, texts, settings, 0, workplace(run), device, training_key(run))
 
 # %% ../../nbs/stages/10_base_model.ipynb #fba3b041
 def judged(model, tokenizer, n: int) -> dict[str, object]:
@@ -57,7 +56,7 @@ def judged(model, tokenizer, n: int) -> dict[str, object]:
     good, total = (sum(column) for column in zip(*(accepted_sentences(t) for t in texts)))
     return {"sampled": n, "prompts_accepted": sum(accepts(t) for t in texts) / n, "sentences": total, "sentences_accepted": good / max(total, 1), "examples": texts[:3]}
 
-# %% ../../nbs/stages/10_base_model.ipynb #108e03b7
+# %% ../../nbs/stages/10_base_model.ipynb #84477fcb
 def published(shape: ModelShape, prompts: list[Prompt], traces: list[Trace], device: str):  # -> model, tokenizer, counts
     "Checkpoint of a folder or of the hub, in the format that the settings name."
     origin = fetch(shape.source, shape.revision)

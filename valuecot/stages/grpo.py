@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['stage', 'run_grpo']
 
-# %% ../../nbs/stages/40_grpo.ipynb #9f7ba9fa
+# %% ../../nbs/stages/40_grpo.ipynb #cbf40574
 from dataclasses import asdict
 
 from transformers import AutoConfig, AutoTokenizer
@@ -21,11 +21,10 @@ from ..training.launch import Work, train
 from ..training.models import fix
 from ..types import Checkpoint, Prompt, Run
 
-
-# %% ../../nbs/stages/40_grpo.ipynb #05567b14
+# %% ../../nbs/stages/40_grpo.ipynb #7aed2da0
 stage = Stage("grpo", levels=("model", "arm", "seed"), reads=("{study}.grpo", "{study}.reward_model", "arm.{arm}", "machine"), inputs=("prompts", "reward_model", "sft|base_model"), only="grpo")
 
-# %% ../../nbs/stages/40_grpo.ipynb #b95f97ab
+# %% ../../nbs/stages/40_grpo.ipynb #fb17a067
 def run_grpo(run: Run) -> Checkpoint:
     "Train one arm's policy against what the arm is rewarded for."
     arm, settings, device = run.settings[f"arm.{run.arm}"], run.settings[f"{run.study}.grpo"], str(fix(run.seed))
@@ -33,11 +32,10 @@ def run_grpo(run: Run) -> Checkpoint:
     prompts = [{"prompt": p.text} for p in share([p for p in asked if p.split in arm.grpo.split("+")], arm.fraction)]
     used = fitting(AutoConfig.from_pretrained(run.policy), AutoTokenizer.from_pretrained(run.policy), prompts, settings, arm.thinking)
     judge, scope = run.inputs["reward_model/all/all/all"] / "model", run.settings[f"{run.study}.reward_model"].scope
-    with workplace(run) as place:
-        work = Work("grpo", run.policy, run.out / "model", place, used, asdict(settings), arm.thinking, run.seed, training_key(run), reward=arm.reward, judge=judge, scope=scope, machine=run.settings["machine"])
-        steps = save_history(train(work), run.out / "history.jsonl")
-        write_records(run.out / "completions.jsonl", kept_completions(place / "completions.jsonl", settings.group_size))
+    place = workplace(run)
+    work = Work("grpo", run.policy, run.out / "model", place, used, asdict(settings), arm.thinking, run.seed, training_key(run), reward=arm.reward, judge=judge, scope=scope, machine=run.settings["machine"])
+    steps = save_history(train(work), run.out / "history.jsonl")
+    write_records(run.out / "completions.jsonl", kept_completions(place / "completions.jsonl"))
     counts = {"prompts": len(used), "prompts too long": len(prompts) - len(used), "start": run.start, "steps": steps, "completions_per_step": completions_per_update(settings)}
-    finish(run, counts, device, settings.precision)
+    finish(run, counts, device, "torch.float32")
     return Checkpoint(run.out / "model", "grpo", run.model, run.arm, run.seed, stored_parameters(run.out / "model"), steps)
-

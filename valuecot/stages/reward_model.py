@@ -31,12 +31,11 @@ def train_judge(run: Run, prompts: list[Prompt], traces: list[Trace], device: st
     rows = pairs_of(prompts, traces, "sft", settings.pairs, seed=0)
     tokenizer = train_tokenizer([m["content"] for r in rows for side in ("prompt", "chosen", "rejected") for m in r[side]], shape.vocab)
     model = reward_shape(shape, tokenizer).to(device)
-    with workplace(run) as place:
-        log = train_reward(model, tokenizer, rows, settings, 0, place, device, training_key(run))
-        save_model(model, tokenizer, run.out / "model")
+    log = train_reward(model, tokenizer, rows, settings, 0, workplace(run), device, training_key(run))
+    save_model(model, tokenizer, run.out / "model")
     return save_history(log, run.out / "history.jsonl")
 
-# %% ../../nbs/stages/30_reward_model.ipynb #716a20f6
+# %% ../../nbs/stages/30_reward_model.ipynb #fa911fed
 def read_published(run: Run) -> dict[str, object]:  # which revision
     "Save somebody else's judge with this study's results."
     settings = run.settings[f"{run.study}.reward_model"]

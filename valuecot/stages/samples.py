@@ -16,18 +16,17 @@ from ..training.models import encode, fix, load_model
 from ..training.sampling import losses, rollouts
 from ..types import Rollout, Run
 
-# %% ../../nbs/stages/45_samples.ipynb #3a502338
+# %% ../../nbs/stages/45_samples.ipynb #efd04666
 stage = Stage("samples", levels=("model", "arm", "seed"), reads=("{study}.samples", "{study}.grpo", "arm.{arm}"), inputs=("prompts", "traces", "reward_model", "grpo|sft|base_model"))
 
-# %% ../../nbs/stages/45_samples.ipynb #cf51e1a8
+# %% ../../nbs/stages/45_samples.ipynb #de2f98a4
 def summary(found: list[Rollout], thinking: bool, loss: list[float]) -> dict[str, object]:
     "Rates with 95 % Wilson intervals, reward and loss with their standard errors over prompts; an arm that is not asked to think has no format rate."
     good, cut = sum(r.well_formed for r in found), sum(r.truncated for r in found)
-    reward = mean_se([r.reward for r in found], "prompts")
+    reward, length, nats = (mean_se(values, "prompts") for values in ([r.reward for r in found], [r.tokens for r in found], loss))
     return {
         "prompts": len(found), "well_formed": good / len(found) if thinking else None, "well_formed_interval": wilson(good, len(found)) if thinking else (None, None), "truncated": cut / len(found),
-        "reward": reward.mean, "reward_se": reward.se, "tokens": mean_se([r.tokens for r in found], "prompts").mean,
-        "loss": mean_se(loss, "prompts").mean, "loss_se": mean_se(loss, "prompts").se, "loss_prompts": len(loss),
+        "reward": reward.mean, "reward_se": reward.se, "tokens": length.mean, "tokens_se": length.se, "loss": nats.mean, "loss_se": nats.se, "loss_prompts": nats.n,
     }
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['stage', 'sft_rows', 'run_sft']
 
-# %% ../../nbs/stages/20_sft.ipynb #bf47b4e8
+# %% ../../nbs/stages/20_sft.ipynb #73d1c692
 from dataclasses import asdict
 
 from ..data.splits import share
@@ -18,10 +18,10 @@ from ..training.launch import Work, train
 from ..training.models import conversation, fix
 from ..types import Arm, Checkpoint, Prompt, Run, Trace
 
-# %% ../../nbs/stages/20_sft.ipynb #7997c1a6
+# %% ../../nbs/stages/20_sft.ipynb #f1d6311d
 stage = Stage("sft", levels=("model", "arm", "seed"), reads=("{study}.sft", "arm.{arm}", "machine"), inputs=("prompts", "traces", "base_model"), only="sft", same=("sft", "thinking", "fraction", "answer_weight"))
 
-# %% ../../nbs/stages/20_sft.ipynb #ccfc5e34
+# %% ../../nbs/stages/20_sft.ipynb #e8245017
 def sft_rows(prompts: list[Prompt], traces: list[Trace], arm: Arm) -> tuple[list[dict], int]:  # rows, prompts without a trace
     "Training rows: each SFT prompt of the arm with its trace; a control's rule may not fit every prompt, a teacher's trace is there for all."
     written = {t.prompt_id: t for t in traces if t.style == arm.sft}
@@ -37,8 +37,7 @@ def run_sft(run: Run) -> Checkpoint:
     arm, settings, device = run.settings[f"arm.{run.arm}"], run.settings[f"{run.study}.sft"], str(fix(run.seed))
     prompts, traces = read_traces(run.inputs["prompts/all/all/all"], run.inputs["traces/all/all/all"])
     rows, lacking = sft_rows(prompts, traces, arm)
-    with workplace(run) as place:
-        work = Work("sft", run.policy, run.out / "model", place, rows, asdict(settings), arm.thinking, run.seed, training_key(run), arm.answer_weight, machine=run.settings["machine"])
-        steps = save_history(train(work), run.out / "history.jsonl")
-    finish(run, {"rows": len(rows), "prompts without a trace": lacking, "style": arm.sft, "steps": steps}, device, settings.precision)
+    work = Work("sft", run.policy, run.out / "model", workplace(run), rows, asdict(settings), arm.thinking, run.seed, training_key(run), arm.answer_weight, machine=run.settings["machine"])
+    steps = save_history(train(work), run.out / "history.jsonl")
+    finish(run, {"rows": len(rows), "prompts without a trace": lacking, "style": arm.sft, "steps": steps}, device, "torch.float32")
     return Checkpoint(run.out / "model", "sft", run.model, run.arm, run.seed, stored_parameters(run.out / "model"), steps)

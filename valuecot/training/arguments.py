@@ -14,9 +14,10 @@ from trl import GRPOConfig, RewardConfig, SFTConfig
 from ..settings import GRPO, SFT, Machine, RewardModel, notes
 
 # %% auto #0
-__all__ = ['LOOP', 'CARRIED', 'EVERYWHERE', 'OURS', 'LEFT', 'QUIET', 'accumulation', 'shared', 'spread', 'fixed', 'place',
-           'sft_config', 'completions_per_update', 'grpo_config', 'rollouts', 'reward_config', 'defaults',
-           'side_by_side']
+__all__ = ['LOOP', 'CARRIED', 'EVERYWHERE', 'OURS', 'LEFT', 'QUIET', 'BATCH', 'REACHED', 'RECORDS', 'accumulation', 'shared',
+           'spread', 'fixed', 'place', 'on_one_card', 'sft_config', 'completions_per_update', 'prompts_per_rollout',
+           'updates_of_a_rollout', 'grpo_updates', 'grpo_config', 'rollouts', 'reward_config', 'defaults', 'configs',
+           'compared', 'side_by_side']
 
 # %% ../../nbs/training/48_arguments.ipynb #bb3e6561
 LOOP = {"epochs": "num_train_epochs", "learning_rate": "learning_rate", "warmup": "warmup_steps", "weight_decay": "weight_decay", "max_grad_norm": "max_grad_norm", "activation_checkpointing": "activation_checkpointing"}
@@ -87,8 +88,6 @@ def accumulation(batch: int, micro: int, where: str, processes: int = 1) -> tupl
 def shared(settings: SFT | GRPO, kind: str, seed: int, out: Path, device: str) -> dict[str, object]:
     "Arguments of both trainers of policies."
     least = settings.min_learning_rate
-    if least and settings.schedule != "cosine":
-        raise ValueError(f"{kind}.min_learning_rate = {least} goes with schedule = cosine, not {settings.schedule}")
     schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": least}} if least else {"lr_scheduler_type": settings.schedule, "lr_scheduler_kwargs": None}
     carried = {argument: getattr(settings, key) for key, argument in CARRIED[kind].items()}
     return QUIET | fixed(kind) | carried | schedule | {"bf16": settings.precision == "bfloat16"} | place(seed, out, device)
@@ -111,12 +110,19 @@ def place(seed: int, out: Path, device: str) -> dict[str, object]:
     "Where, on what and from which seed."
     return {"output_dir": str(out), "seed": seed, "data_seed": seed, "use_cpu": device == "cpu"}
 
+
+def on_one_card(config):  # the same configuration
+    "A process that trains alone uses one card where there are several: TRL refuses to spread a model by itself."
+    if config.world_size == 1 and config.n_gpu > 1:
+        config._n_gpu = 1
+    return config
+
 # %% ../../nbs/training/48_arguments.ipynb #a3dbf791
 def sft_config(settings: SFT, seed: int, out: Path, device: str = "cpu", machine: Machine = Machine(), **more: object) -> SFTConfig:
     "TRL's arguments for supervised fine-tuning; `more` overrides."
     micro, passes = accumulation(settings.batch_size, settings.micro_batch, "sft", machine.processes)
     batch = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": passes}
-    return SFTConfig(**shared(settings, "sft", seed, out, device) | batch | spread(machine, settings.activation_checkpointing) | more)
+    return on_one_card(SFTConfig(**shared(settings, "sft", seed, out, device) | batch | spread(machine, settings.activation_checkpointing) | more))
 
 # %% ../../nbs/training/48_arguments.ipynb #52a20cc5
 def completions_per_update(settings: GRPO) -> int:
@@ -124,11 +130,27 @@ def completions_per_update(settings: GRPO) -> int:
     return settings.batch_size * (settings.group_size if settings.batch_unit == "prompts" else 1)
 
 
+def prompts_per_rollout(settings: GRPO) -> int:
+    "Prompts that are answered at once."
+    return completions_per_update(settings) * settings.updates_per_rollout // settings.group_size
+
+
+def updates_of_a_rollout(settings: GRPO) -> int:
+    "Updates from one rollout to the next."
+    return settings.updates_per_rollout * settings.iterations
+
+
+def grpo_updates(prompts: int, settings: GRPO) -> int:
+    "Updates of a whole training; prompts that fill no rollout are left out."
+    return settings.epochs * (prompts // prompts_per_rollout(settings)) * updates_of_a_rollout(settings)
+
+
 def grpo_config(settings: GRPO, options: dict[str, object], seed: int, out: Path, device: str = "cpu", machine: Machine = Machine(), **more: object) -> GRPOConfig:
     "TRL's arguments for GRPO; `options`: of the chat template."
     micro, passes = accumulation(completions_per_update(settings), settings.micro_batch, "grpo", machine.processes)
     batch = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": passes, "steps_per_generation": passes * settings.updates_per_rollout}
-    return GRPOConfig(**shared(settings, "grpo", seed, out, device) | batch | {"chat_template_kwargs": options, "log_completions": False, "remove_unused_columns": False} | rollouts(settings) | spread(machine, settings.activation_checkpointing) | more)
+    ours = {"chat_template_kwargs": options, "log_completions": False, "remove_unused_columns": False}
+    return on_one_card(GRPOConfig(**shared(settings, "grpo", seed, out, device) | batch | ours | rollouts(settings) | spread(machine, settings.activation_checkpointing) | more))
 
 
 def rollouts(settings: GRPO) -> dict[str, object]:
@@ -142,7 +164,7 @@ def rollouts(settings: GRPO) -> dict[str, object]:
 def reward_config(settings: RewardModel, seed: int, out: Path, device: str = "cpu", **more: object) -> RewardConfig:
     "TRL's arguments for a reward model trained here."
     carried = {argument: getattr(settings, key) for key, argument in CARRIED["reward_model"].items()}
-    return RewardConfig(**QUIET | fixed("reward_model") | carried | place(seed, out, device) | more)
+    return on_one_card(RewardConfig(**QUIET | fixed("reward_model") | carried | place(seed, out, device) | more))
 
 # %% ../../nbs/training/48_arguments.ipynb #3266896a
 def defaults(config: type) -> dict[str, object]:  # by argument; a field without one is left out
@@ -151,15 +173,31 @@ def defaults(config: type) -> dict[str, object]:  # by argument; a field without
     return {name: value() if value in (dict, list) else value for name, value in made.items() if value is not dataclasses.MISSING}
 
 
+BATCH = {"batch_size": "gradient_accumulation_steps", "micro_batch": "per_device_train_batch_size", "schedule": "lr_scheduler_type", "min_learning_rate": "lr_scheduler_kwargs", "precision": "bf16"}
+REACHED = {"sft": BATCH, "grpo": BATCH | {"batch_unit": "gradient_accumulation_steps", "updates_per_rollout": "steps_per_generation", "rollouts": "use_vllm"}, "reward_model": {}}  # settings that take part in an argument
+
+
+RECORDS = "ours: the record's default"
+
+
+def configs(settings, study: str) -> dict[str, object]:
+    "TRL's configuration of each training of a study."
+    records, nowhere = {kind: settings[f"{study}.{kind}"] for kind in CARRIED if f"{study}.{kind}" in settings.sections}, Path("nowhere")
+    made = {"sft": lambda r: sft_config(r, 0, nowhere), "grpo": lambda r: grpo_config(r, {}, 0, nowhere), "reward_model": lambda r: reward_config(r, 0, nowhere)}
+    return {kind: made[kind](record) for kind, record in records.items()}
+
+
+def compared(config, argument: str, setting: str, value: object, source: str) -> dict[str, object]:
+    "What is passed as one argument, and what TRL would take without it."
+    return {"setting": setting, "value": value, "source": source, "argument": f"{type(config).__name__}.{argument}", "passed": getattr(config, argument), "TRL's default": defaults(type(config))[argument]}
+
+
 def side_by_side(settings, study: str = "geometry") -> list[dict[str, object]]:
     "Rows: setting, its value, where it comes from, TRL's argument, its value, TRL's default."
-    said, rows, nowhere = notes(), [], Path("nowhere")
-    for kind, config in {"sft": sft_config(settings[f"{study}.sft"], 0, nowhere), "grpo": grpo_config(settings[f"{study}.grpo"], {}, 0, nowhere)}.items():
-        own = defaults(type(config))
-        batch = {"batch_size": "gradient_accumulation_steps", "micro_batch": "per_device_train_batch_size", "schedule": "lr_scheduler_type", "precision": "bf16"}
-        for key, argument in (CARRIED[kind] | batch).items():
+    said, rows = notes(), []
+    for kind, config in configs(settings, study).items():
+        for key, argument in (CARRIED[kind] | REACHED[kind]).items():
             name = f"{study}.{kind}.{key}"
-            rows.append({"setting": name, "value": getattr(settings[f"{study}.{kind}"], key), "source": said.get(name, "ours: the record's default"), "argument": f"{type(config).__name__}.{argument}", "passed": getattr(config, argument), "TRL's default": own[argument]})
-        for argument, (value, why) in (EVERYWHERE | OURS[kind]).items():
-            rows.append({"setting": "", "value": "", "source": f"open: {why}", "argument": f"{type(config).__name__}.{argument}", "passed": value, "TRL's default": own[argument]})
+            rows.append(compared(config, argument, name, getattr(settings[f"{study}.{kind}"], key), said.get(name, RECORDS)))
+        rows += [compared(config, argument, "", "", f"open: {why}") for argument, (_, why) in (EVERYWHERE | OURS[kind]).items()]
     return rows

@@ -11,13 +11,12 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers import PrinterCallback, TrainerCallback
 
+from ..flow.run import WORKPLACE
 from ..store import digest, hash_folder, read_json, write_json, write_text
 from ..types import Run
 
@@ -60,12 +59,14 @@ def training_key(run: Run) -> str:
     return digest([run.key, run.profile, run.study, run.stage, run.model, run.arm, run.seed])
 
 
-@contextmanager
-def workplace(run: Run) -> Iterator[Path]:
-    "The hidden folder of a run's checkpoints; it goes when the run is through, and stays when it failed."
-    place = run.out / ".trainer"
-    yield place
-    shutil.rmtree(place, ignore_errors=True)
+def workplace(run: Run) -> Path:
+    "The hidden folder of a run's checkpoints, made empty unless it is this run's; `run_stage` removes it when the run is complete."
+    place = run.out / WORKPLACE / training_key(run)
+    for other in place.parent.glob("*"):
+        if other != place:
+            shutil.rmtree(other)
+    place.mkdir(parents=True, exist_ok=True)
+    return place
 
 # %% ../../nbs/training/49_checkpoints.ipynb #e48642e8
 class Guarded:
@@ -77,6 +78,7 @@ class Guarded:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each process writes its own random state
             if self.args.should_save:
                 seal(folder, self.key)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -87,14 +89,12 @@ class Guarded:
 
 # %% ../../nbs/training/49_checkpoints.ipynb #c3ba5251
 class StopOnNaN(TrainerCallback):
-    "Stop with a clear message when a logged loss, gradient or reward is not finite."
+    "Stop with a clear message when a logged loss or gradient is not finite."
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        for name in ("loss", "grad_norm", "reward"):
-            value = float((logs or {}).get(name, 0.0))
-            if name == "reward" and (logs or {}).get("not_scored") == 1.0:  # a batch in which nothing could be scored
-                continue
-            if value != value or abs(value) == float("inf"):
+        for name in ("loss", "grad_norm"):
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(value):
                 raise RuntimeError(f"{name} became {value} at step {state.global_step}: lower the learning rate, or look at the rows of the step before")
 
 # %% ../../nbs/training/49_checkpoints.ipynb #f4a84e17
@@ -103,12 +103,11 @@ def saving(every: int, key: str) -> dict[str, object]:
     return {"save_strategy": "steps", "save_steps": every, "save_total_limit": 2, "save_only_model": False} if key else {}
 
 
-def fit(trainer, key: str = "") -> list[dict]:  # log history
+def fit(trainer) -> list[dict]:  # log history
     "Train, from the newest whole checkpoint of this run if there is one."
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(StopOnNaN())
-    trainer.key = key
-    found = latest(Path(trainer.args.output_dir), key) if key else None
+    found = latest(Path(trainer.args.output_dir), trainer.key) if trainer.key else None
     if found:
         print(f"going on from {found.name}", file=sys.stderr)
     trainer.train(resume_from_checkpoint=str(found) if found else None)
@@ -133,7 +132,7 @@ NAMES = {
 
 def history_rows(log: list[dict]) -> list[dict[str, float]]:  # step, metric, value
     "Rows of a trainer's log, for the metrics that the study shows."
-    return [{"step": int(entry["step"]), "metric": NAMES[k], "value": float(v)} for entry in log for k, v in entry.items() if k in NAMES]
+    return [{"step": int(entry["step"]), "metric": NAMES[k], "value": float(v)} for entry in log for k, v in entry.items() if k in NAMES and v is not None]
 
 
 def save_history(log: list[dict], path: Path) -> int:  # updates

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,9 +18,9 @@ from trl.trainer.utils import RepeatSampler
 
 from ..settings import GRPO, Machine
 from ..text import parse_answer, well_formed
-from .arguments import completions_per_update, grpo_config
+from .arguments import grpo_config, grpo_updates, prompts_per_rollout, updates_of_a_rollout
 from .checkpoints import Guarded, fit, saving
-from .judge import ScalarReward, visible
+from .judge import ScalarReward, check_rewards, visible
 from .models import opens_thinking, render, template_options
 
 # %% auto #0
@@ -80,7 +79,7 @@ class Watched:
     def __init__(
         self,
         reward: Reward,
-        opened: bool,  # completions start inside the reasoning
+        opened: bool | None,  # completions start inside the reasoning; None: reasoning is not asked for
         kept: Path | None = None,  # file for sampled completions
         every: int = 1,  # updates between two samples
         group: int = 4,  # completions in a sample
@@ -90,11 +89,10 @@ class Watched:
 
     def __call__(self, prompts, completions, trainer_state=None, log_metric=None, **columns) -> list[float | None]:
         written, rewards = texts_of(completions), self.reward(prompts=prompts, completions=completions, log_metric=log_metric, **columns)
-        for value, prompt in zip(rewards, texts_of(prompts), strict=True):
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"the reward was {value} for the prompt {prompt[:80]!r}: the reward model's weights or its input are damaged")
-        if log_metric:
+        check_rewards(rewards, texts_of(prompts))
+        if log_metric and self.opened is not None:
             log_metric("format_rate", sum(well_formed(text, opened=self.opened) for text in written) / len(written))
+        if log_metric:
             log_metric("not_scored", sum(value is None for value in rewards) / len(rewards))
         if self.kept and trainer_state.is_world_process_zero and trainer_state.global_step % self.every == 0:
             self.keep(trainer_state.global_step, prompts, written, rewards)
@@ -102,40 +100,41 @@ class Watched:
 
     def keep(self, step: int, prompts, written: list[str], rewards: list[float | None]) -> None:
         "Add a group to the file."
-        rows = zip(texts_of(prompts)[: self.group], written, rewards)
+        rows = list(zip(texts_of(prompts), written, rewards, strict=True))[: self.group]
         with open(self.kept, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": step, "prompt": p, "completion": w, "reward": r}) + "\n" for p, w, r in rows)
+            file.writelines(json.dumps({"step": step, "sample": i, "prompt": p, "completion": w, "reward": r}) + "\n" for i, (p, w, r) in enumerate(rows))
 
 
-def kept_completions(path: Path, group: int) -> list[dict]:  # step, prompt, completion, reward
+def kept_completions(path: Path) -> list[dict]:  # step, sample, prompt, completion, reward
     "Sampled completions of a run; what a killed run wrote twice or half is there once or not at all."
-    by: dict[int, list[dict]] = {}
+    found: dict[tuple[int, int], dict] = {}
     for line in path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []:
         try:
             row = json.loads(line)
-            by.setdefault(row["step"], []).append(row)
         except json.JSONDecodeError:  # where a kill cut it off
             continue
-    return [row for step in sorted(by) for row in by[step][-group:]]
+        found[row["step"], row["sample"]] = row
+    return [found[place] for place in sorted(found)]
 
 # %% ../../nbs/training/54_grpo.ipynb #2c5f4089
 IDLE = {
+    "not_scored": "no completion could be scored: look at the kept completions and the reward",
     "completions/clipped_ratio": "every completion was cut off: raise max_completion_length, or teach the policy to end",
     "frac_reward_zero_std": "every group had one and the same reward, so nothing can be learnt: look at the kept completions and the reward",
 }
 
 
 class StopWhenIdle(TrainerCallback):
-    "Stop after `patience` updates in a row in which nothing could be learnt."
+    "Stop after `patience` rollouts in a row from which nothing could be learnt."
 
-    def __init__(self, patience: int):
+    def __init__(self, patience: int):  # 0: never
         self.patience = patience
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        for name, said in IDLE.items():
-            rows = [row[name] for row in state.log_history if name in row][-self.patience :] if self.patience else []
-            if self.patience and len(rows) == self.patience and min(rows) >= 1.0:
-                raise RuntimeError(f"stopped at update {state.global_step}: in {self.patience} updates in a row {said}")
+        for name, said in IDLE.items() if self.patience else ():
+            rows = [row[name] for row in state.log_history if name in row][-self.patience :]  # logged once for each rollout
+            if len(rows) == self.patience and min(rows) >= 1.0:
+                raise RuntimeError(f"stopped at update {state.global_step}: in {self.patience} rollouts in a row {said}")
 
 # %% ../../nbs/training/54_grpo.ipynb #82f57d27
 def fitting(config, tokenizer, prompts: list[dict], settings: GRPO, thinking: bool) -> list[dict]:  # the rows that are used
@@ -153,7 +152,7 @@ def fitting(config, tokenizer, prompts: list[dict], settings: GRPO, thinking: bo
 
 def check_prompts(rows: list[dict], settings: GRPO) -> None:
     "Refuse too few prompts, or blank ones."
-    per_rollout = completions_per_update(settings) * settings.updates_per_rollout // settings.group_size
+    per_rollout = prompts_per_rollout(settings)
     if not rows:
         raise ValueError("no prompts to train on")
     if blank := sum(not row["prompt"].strip() for row in rows):
@@ -203,17 +202,19 @@ def grpo_trainer(
     "A trainer of `model`, ready to run."
     if settings.rollouts == "vllm" and not find_spec("vllm"):
         raise ValueError("grpo.rollouts = vllm, but vLLM is not installed here: install vllm>=0.27,<=0.31 on a GPU, or set rollouts=transformers")
-    check_prompts(prompts, settings)
     rows = fitting(model.config, tokenizer, prompts, settings, thinking)
     check_prompts(rows, settings)
     out.mkdir(parents=True, exist_ok=True)
-    updates = settings.epochs * settings.iterations * len(rows) * settings.group_size // completions_per_update(settings)
-    watched = Watched(reward, opens_thinking(tokenizer, thinking), out / "completions.jsonl" if key else None, max(1, updates // 20), settings.group_size)
+    per_rollout = updates_of_a_rollout(settings)
+    every = per_rollout * max(1, grpo_updates(len(rows), settings) // per_rollout // 20)  # rewards are asked for once a rollout
+    watched = Watched(reward, opens_thinking(tokenizer, thinking) if thinking else None, out / "completions.jsonl" if key else None, every, settings.group_size)
     config = grpo_config(settings, template_options(thinking), seed, out, device, machine, **saving(settings.checkpoint_every, key))
     data = Dataset.from_list([row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows])
-    return Trainer(model=model, reward_funcs=[watched], args=config, train_dataset=data, processing_class=tokenizer, callbacks=[StopWhenIdle(settings.patience)])
+    trainer = Trainer(model=model, reward_funcs=[watched], args=config, train_dataset=data, processing_class=tokenizer, callbacks=[StopWhenIdle(settings.patience)])
+    trainer.key = key
+    return trainer
 
 
 def train_grpo(model, tokenizer, prompts: list[dict], reward: Reward, settings: GRPO, thinking: bool, seed: int, out: Path, device: str = "cpu", key: str = "", **more: object) -> list[dict]:  # history
     "Train `model` in place; with a key, from its newest checkpoint in `out`."
-    return fit(grpo_trainer(model, tokenizer, prompts, reward, settings, thinking, seed, out, device, key, **more), key)
+    return fit(grpo_trainer(model, tokenizer, prompts, reward, settings, thinking, seed, out, device, key, **more))

@@ -20,22 +20,23 @@ from .models import template_options
 from .weights import check_folder, read_model, read_tokenizer
 
 # %% auto #0
-__all__ = ['visible', 'check_rewards', 'own_head', 'GRewardModel', 'read_own_head', 'check_judge', 'read_judge', 'ScalarReward']
+__all__ = ['BATCH', 'visible', 'check_rewards', 'own_head', 'GRewardModel', 'read_own_head', 'check_judge', 'read_judge',
+           'ScalarReward']
 
 # %% ../../nbs/training/52_judge.ipynb #db141fe1
 def visible(completion: str, opened: bool) -> str:  # what a user would see
     "Response of a completion; empty if its reasoning never closed."
     return split_reasoning(("<think>" if opened else "") + completion)[1] or ""
 
-# %% ../../nbs/training/52_judge.ipynb #6ec61298
-def check_rewards(rewards: list[float], prompts: list[str]) -> list[float]:
-    "The same rewards, if all are finite."
+# %% ../../nbs/training/52_judge.ipynb #678cbc8b
+def check_rewards(rewards: list[float | None], prompts: list[str]) -> list[float | None]:
+    "The same rewards, if all are finite or `None`, which means not scorable."
     for reward, prompt in zip(rewards, prompts, strict=True):
-        if not math.isfinite(reward):
-            raise ValueError(f"the reward model gave {reward} for the prompt {prompt[:80]!r}: its weights or its input are damaged")
+        if reward is not None and not math.isfinite(reward):
+            raise ValueError(f"the reward was {reward} for the prompt {prompt[:80]!r}: a reward model's weights or its input are damaged, or a reward function is wrong")
     return rewards
 
-# %% ../../nbs/training/52_judge.ipynb #de9395cb
+# %% ../../nbs/training/52_judge.ipynb #292b4597
 def own_head(folder: Path | str) -> bool:
     "Whether a checkpoint is GRM's class with a head of its own."
     file = Path(folder) / "config.json"
@@ -49,7 +50,7 @@ class GRewardModel(PreTrainedModel):
 
     def __init__(self, config, widths: list[int]):  # outputs of the head's layers, the last one 1
         super().__init__(config)
-        self.model = AutoModel.from_config(config)
+        self.model = AutoModel.from_config(config, dtype=torch.float32)  # as the head is
         layers, size = [], config.hidden_size
         for width in widths:
             layers += [torch.nn.Linear(size, width), torch.nn.ReLU()]
@@ -75,7 +76,7 @@ def read_own_head(folder: Path) -> GRewardModel:
         raise ValueError(f"{folder}: {wrong[0]} (and {len(wrong) - 1} more) is not what a GRewardModel of this configuration has")
     return model
 
-# %% ../../nbs/training/52_judge.ipynb #71c2b9af
+# %% ../../nbs/training/52_judge.ipynb #2d80eae5
 def check_judge(folder: Path) -> None:
     "Refuse a checkpoint that is no classifier with one label, nor one of GRM's with a head of several layers."
     if own_head(folder):
@@ -99,11 +100,14 @@ def read_judge(folder: Path | str):  # -> PreTrainedModel, tokenizer
     model.config.pad_token_id = tokenizer.pad_token_id  # the head reads the last token before the padding
     return model, tokenizer
 
-# %% ../../nbs/training/52_judge.ipynb #4331c0d3
+# %% ../../nbs/training/52_judge.ipynb #0a6d3cda
+BATCH = 32  # texts that are scored at once
+
+
 class ScalarReward:
     "Rewards from a sequence classifier with one label."
 
-    def __init__(self, path: Path | str, device: torch.device | str = "cpu", batch_size: int = 32):
+    def __init__(self, path: Path | str, device: torch.device | str = "cpu", batch_size: int = BATCH):
         model, self.tokenizer = read_judge(path)
         self.model, self.batch_size = model.to(device).eval(), batch_size
 

@@ -13,20 +13,21 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import load_file
 
-from ..flow.study import die_with_parent
+from ..flow.run import die_with_parent
 from ..settings import GRPO, SFT, Machine
 from ..store import read_json, write_json
 from .arguments import accumulation, completions_per_update
 from .checkpoints import fit
 from .grpo import Reward, format_reward, grpo_trainer, judge_reward, letter_reward
 from .judge import ScalarReward
-from .models import fix, load_model, opens_thinking, save_model
+from .models import check_weights, fix, load_model, opens_thinking, save_model
 from .sft import sft_trainer
 from ..types import Shown
 
 # %% auto #0
-__all__ = ['Work', 'read_work', 'reward_of', 'my_device', 'do', 'train', 'main']
+__all__ = ['Work', 'read_work', 'reward_of', 'my_device', 'save_together', 'do', 'train', 'main']
 
 # %% ../../nbs/training/57_launch.ipynb #18081372
 @dataclass(frozen=True)
@@ -75,7 +76,17 @@ def my_device(seed: int, machine: Machine) -> str:
         torch.cuda.set_device(device)
     return device
 
-# %% ../../nbs/training/57_launch.ipynb #edefb3c5
+# %% ../../nbs/training/57_launch.ipynb #7e5cf1a9
+def save_together(trainer, folder: Path) -> None:
+    "`save_model` where several processes hold the model: weights gathered, checked, and no pickle beside them."
+    trainer.model.config.use_cache = True
+    trainer.save_model(str(folder))
+    if trainer.args.should_save:
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        for path in folder.glob("*.safetensors"):
+            check_weights(load_file(path).items())
+
+
 def do(work: Work) -> list[dict]:  # history
     "A training in this process, as one of `machine.processes`."
     machine = work.machine
@@ -88,11 +99,11 @@ def do(work: Work) -> list[dict]:  # history
         trainer = grpo_trainer(model, tokenizer, work.rows, reward_of(work, tokenizer, device), GRPO(**work.settings), work.thinking, **common)
     if (found := trainer.accelerator.num_processes) != machine.processes:
         raise RuntimeError(f"{machine.processes} processes were asked for, {found} run")
-    log = fit(trainer, work.key)
+    log = fit(trainer)
     if machine.processes == 1:
         save_model(model, tokenizer, work.save)
     else:
-        trainer.save_model(str(work.save))
+        save_together(trainer, work.save)
     return log
 
 # %% ../../nbs/training/57_launch.ipynb #e815e3fa

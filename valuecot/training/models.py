@@ -25,9 +25,10 @@ from ..types import Arm, Prompt, Trace
 # %% auto #0
 __all__ = ['pattern', 'marks', 'plain', 'hold_memory', 'fix', 'chat_template', 'train_tokenizer', 'render', 'opens_thinking',
            'template_options', 'conversation', 'encode', 'end_of_turn', 'choose_template', 'check_format', 'targets',
-           'shape_config', 'scratch_config', 'scratch_model', 'parameter_count', 'save_model', 'load_model']
+           'shape_config', 'scratch_config', 'scratch_model', 'parameter_count', 'check_weights', 'save_model',
+           'load_model']
 
-# %% ../../nbs/training/50_models.ipynb #df8a787c
+# %% ../../nbs/training/50_models.ipynb #7bb567e8
 def hold_memory() -> None:
     "Keep freed memory in the process: glibc hands large blocks back at once, and a stage on a CPU then spends up to 40 % of its time on page faults."
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -100,7 +101,7 @@ def conversation(prompt: Prompt, trace: Trace, thinking: bool) -> dict[str, obje
         "chat_template_kwargs": template_options(thinking),
     }
 
-# %% ../../nbs/training/50_models.ipynb #16fbf56b
+# %% ../../nbs/training/50_models.ipynb #a9697bd4
 def encode(
     tokenizer,
     prompt: Prompt,
@@ -126,7 +127,7 @@ def encode(
     labels[first:last] = torch.tensor(ids)[first:last]
     return {"input_ids": torch.tensor(ids), "labels": labels}
 
-# %% ../../nbs/training/50_models.ipynb #102c8f02
+# %% ../../nbs/training/50_models.ipynb #bc0cb079
 plain = (
     "{{ bos_token | default('') }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] | trim }}"
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% if m['role'] != 'assistant' or not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
@@ -152,7 +153,7 @@ def choose_template(tokenizer, template: str, source: str) -> None:
         raise ValueError(f"{source} brings no chat template: set template = plain in its section of settings.ini, or take its instruct variant")
     tokenizer.eos_token = end_of_turn(tokenizer)
 
-# %% ../../nbs/training/50_models.ipynb #76aa74e5
+# %% ../../nbs/training/50_models.ipynb #e1d8eaca
 def check_format(tokenizer, prompt: Prompt, trace: Trace) -> None:
     "Refuse a tokenizer that loses the think tags, and a template whose prompt does not begin its text."
     text = completion_text(trace.reasoning, trace.response)
@@ -171,7 +172,7 @@ def targets(tokenizer, prompts: list[Prompt], traces: list[Trace], arm: Arm, sub
         raise ValueError(f"subset {subset} has {len(chosen)} prompts, of which {sum(p.id in written for p in chosen)} have a {arm.target} trace")
     return [encode(tokenizer, p, written[p.id], arm.thinking, arm.part) for p in chosen]
 
-# %% ../../nbs/training/50_models.ipynb #79222c2f
+# %% ../../nbs/training/50_models.ipynb #34710f39
 def shape_config(shape: ModelShape, **tokens: int):  # -> PreTrainedConfig
     "Configuration of a model of `shape`; `tokens`: vocab_size and special tokens."
     from transformers import LlamaConfig, Qwen2Config, Qwen3_5TextConfig
@@ -204,11 +205,16 @@ def parameter_count(model) -> int:
     "Trainable parameters, tied weights once."
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-# %% ../../nbs/training/50_models.ipynb #92d8e17d
+# %% ../../nbs/training/50_models.ipynb #74050d19
+def check_weights(named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    "Refuse weights that are not finite."
+    if wrong := [name for name, weight in named if not weight.isfinite().all()]:
+        raise ValueError(f"{len(wrong)} weights are not finite, first {wrong[0]}: training diverged, lower the learning rate")
+
+
 def save_model(model, tokenizer, folder: Path) -> Path:
     "Write model and tokenizer as safetensors and JSON."
-    if wrong := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
-        raise ValueError(f"{len(wrong)} weights are not finite, first {wrong[0]}: training diverged, lower the learning rate")
+    check_weights(model.named_parameters())
     model.config.use_cache = True
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

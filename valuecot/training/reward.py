@@ -73,11 +73,15 @@ class Trainer(Guarded, RewardTrainer):
 
 def train_reward(model, tokenizer, rows: list[dict], settings: RewardSettings, seed: int, out: Path, device: str = "cpu", key: str = "") -> list[dict]:  # history
     "Fit the Bradley-Terry likelihood of chosen over rejected, in place; with a key, from the newest checkpoint in `out`."
-    config = reward_config(settings, seed, out, device, **saving(50, key))
+    config = reward_config(settings, seed, out, device, **saving(settings.checkpoint_every, key))
     keep = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows]
-    return fit(Trainer(model=model, args=config, train_dataset=Dataset.from_list(keep), processing_class=tokenizer), key)
+    trainer = Trainer(model=model, args=config, train_dataset=Dataset.from_list(keep), processing_class=tokenizer)
+    if (used := len(trainer.train_dataset)) != len(rows):
+        raise ValueError(f"{len(rows) - used} of {len(rows)} pairs are longer than {config.max_length} tokens: leave out the longest prompts")
+    trainer.key = key
+    return fit(trainer)
 
-# %% ../../nbs/training/53_reward.ipynb #46d55ba5
+# %% ../../nbs/training/53_reward.ipynb #2242802e
 def rewarded(judge: ScalarReward, rows: list[dict]) -> list[dict]:  # the rows, with `good` and `bad`
     "Rewards of the chosen and of the rejected response of every row."
     prompts = [r["prompt"][0]["content"] for r in rows]
@@ -95,7 +99,7 @@ def by_fault(rows: list[dict]) -> dict[str, dict]:
     "Accuracy for each kind of fault."
     return {fault: right_of(chosen) for fault in faults if (chosen := [row for row in rows if row["fault"] == fault])}
 
-# %% ../../nbs/training/53_reward.ipynb #fbcf6c18
+# %% ../../nbs/training/53_reward.ipynb #c8732a7d
 def words(message: list[dict[str, str]]) -> int:
     "Words of a response."
     return len(message[0]["content"].split())

@@ -13,11 +13,12 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 from trl import SFTConfig, SFTTrainer
 
 from ..settings import SFT, BaseModel, Machine
-from .arguments import EVERYWHERE, OURS, QUIET, place, sft_config
+from .arguments import QUIET, fixed, on_one_card, place, sft_config
 from .checkpoints import Guarded, fit, saving
 
 # %% auto #0
-__all__ = ['check_rows', 'response_mask', 'Trainer', 'shifted', 'left_padded_row', 'sft_trainer', 'train_sft', 'pretrain']
+__all__ = ['LONGEST', 'check_rows', 'response_mask', 'Trainer', 'shifted', 'left_padded_row', 'sft_trainer', 'train_sft',
+           'pretrain']
 
 # %% ../../nbs/training/51_sft.ipynb #ef40a1a3
 def check_rows(rows: list[dict], tokenizer, longest: int) -> list[int]:  # tokens per row
@@ -108,21 +109,27 @@ def sft_trainer(
     trainer = Trainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)
     if len(trainer.train_dataset) != len(rows):
         raise RuntimeError(f"TRL kept {len(trainer.train_dataset)} of {len(rows)} rows")
-    trainer.answer_weight, trainer.cycle = answer_weight, settings.cycle
+    trainer.key, trainer.answer_weight, trainer.cycle = key, answer_weight, settings.cycle
     return trainer
 
 
 def train_sft(model, tokenizer, rows: list[dict], settings: SFT, seed: int, out: Path, device: str = "cpu", key: str = "", **more: object) -> list[dict]:  # history
     "Fine-tune `model` in place; with a key, from its newest checkpoint in `out`."
-    return fit(sft_trainer(model, tokenizer, rows, settings, seed, out, device, key, **more), key)
+    return fit(sft_trainer(model, tokenizer, rows, settings, seed, out, device, key, **more))
 
-# %% ../../nbs/training/51_sft.ipynb #0fd963f1
+# %% ../../nbs/training/51_sft.ipynb #dffe3086
+LONGEST = 4096  # tokens of a text from scratch
+
+
 def pretrain(model, tokenizer, texts: list[str], settings: BaseModel, seed: int, out: Path, device: str = "cpu", key: str = "") -> list[dict]:  # history
     "Train `model` in place on rendered chats."
-    fixed = {name: value for name, (value, _) in (EVERYWHERE | OURS["sft"]).items()}
     own = dict(
         num_train_epochs=settings.epochs, per_device_train_batch_size=settings.batch_size, gradient_accumulation_steps=1, learning_rate=settings.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.05,
-        weight_decay=0.0, max_grad_norm=1.0, max_length=4096, completion_only_loss=False, dataset_text_field="text", activation_checkpointing=False, bf16=False,
+        weight_decay=0.0, max_grad_norm=1.0, max_length=LONGEST, completion_only_loss=False, dataset_text_field="text", activation_checkpointing=False, bf16=False,
     )  # fmt: skip
-    config = SFTConfig(**QUIET | fixed | own | place(seed, out, device) | saving(100, key))
-    return fit(Trainer(model=model, args=config, train_dataset=Dataset.from_list([{"text": t} for t in texts]), processing_class=tokenizer), key)
+    if over := sum(len(ids) > LONGEST for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]):
+        raise ValueError(f"{over} of {len(texts)} texts are longer than {LONGEST} tokens and would be cut: leave out the longest prompts")
+    config = on_one_card(SFTConfig(**QUIET | fixed("sft") | own | place(seed, out, device) | saving(settings.checkpoint_every, key)))
+    trainer = Trainer(model=model, args=config, train_dataset=Dataset.from_list([{"text": t} for t in texts]), processing_class=tokenizer)
+    trainer.key = key
+    return fit(trainer)

@@ -19,16 +19,23 @@ from .theme import FAINT, WIDTH, Figure, arm_color, arm_label, layout
 COLUMNS = ("model", "arm", "seed", "stage", "step", "metric", "value")
 METRICS = {  # metric -> axis label with its unit
     "loss": "loss (nats/token)",
-    "eval_loss": "validation loss (nats/token)",
     "reward": "reward",
     "reward_std": "SD of reward in a group",
     "kl": "KL to reference (nats/token)",
     "completion_length": "completion length (tokens)",
     "entropy": "entropy (nats/token)",
-    "learning_rate": "learning rate",
-    "grad_norm": "gradient norm",
-    "clip_ratio": "clipped share of tokens",
+    "truncated": "cut-off share of completions",
+    "format_rate": "well-formed share",
+    "not_scored": "not scorable share",
+    "groups_of_one_reward": "share of groups with one reward",
+    "reward_full": "reward of the full text",
+    "reward_response": "reward of the response",
+    "answer_strict": "right answers, read strictly",
+    "answer_lenient": "right answers, read leniently",
     "accuracy": "accuracy",
+    "token_accuracy": "token accuracy",
+    "gradient_norm": "gradient norm",
+    "learning_rate": "learning rate",
 }
 STAGES = {"base_model": "base model", "sft": "SFT", "grpo": "GRPO", "reward_model": "reward model"}
 
