@@ -257,7 +257,7 @@ def test_training_that_teaches_nothing_stops_and_says_why(family, tmp_path):
     with pytest.raises(RuntimeError, match="stopped at update 3: in 3 rollouts in a row every completion was cut off: raise max_completion_length"):
         fit(group_of(family, tmp_path, lambda completions, **_: [float(len(c[-1]["content"])) for c in completions], patience=3))
     collapsed = TrainerState(global_step=7, log_history=[{"frac_reward_zero_std": 1.0, "completions/clipped_ratio": 0.5}] * 2)
-    with pytest.raises(RuntimeError, match="stopped at update 7: in 2 updates in a row every group had one and the same reward"):
+    with pytest.raises(RuntimeError, match="stopped at update 7: in 2 rollouts in a row every group had one and the same reward"):
         StopWhenIdle(2).on_log(None, collapsed, None)
     StopWhenIdle(3).on_log(None, collapsed, None)  # not yet
     fit(group_of(family, tmp_path, lambda completions, **_: [0.5] * len(completions)))  # patience 0: it goes on
