@@ -53,12 +53,13 @@ def same_length(
 # %% ../../nbs/stats/13_rows.ipynb #e7808f3d
 def cluster_codes(
     clusters: Sequence[Hashable],  # (n,), what each row belongs to
+    name: str = "clusters",  # for the error
 ) -> np.ndarray:  # (n,) int, 0 to C - 1 in order of appearance
     "Number of each row's cluster."
     codes: dict[Hashable, int] = {}
     for i, cluster in enumerate(clusters):
         if cluster is None or (isinstance(cluster, Real) and math.isnan(cluster)):
-            raise ValueError(f"clusters[{i}] is {cluster!r}: rows of no known cluster would be taken for one cluster")
+            raise ValueError(f"{name}[{i}] is {cluster!r}: rows of which nothing is known would be taken for alike")
         codes.setdefault(cluster, len(codes))
     return np.fromiter((codes[c] for c in clusters), dtype=int, count=len(clusters))
 
