@@ -242,6 +242,7 @@ def test_enrichment_against_gold_and_against_faithful_traces():
     found = neither_enrichment(planted, faithful, gold, np.arange(900) // 6)
     assert found.unfaithful == pytest.approx(np.mean(planted[faithful == False] == "either"))  # noqa: E712
     assert found.above_gold.estimate == pytest.approx(found.unfaithful - np.mean(gold == "either")) and found.above_gold.low > 0.2 and found.above_faithful.low > 0.2
+    assert found.above_faithful.estimate == pytest.approx(found.unfaithful - found.faithful) and found.faithful == pytest.approx(np.mean(planted[faithful == True] == "either"))  # noqa: E712
     assert found.n_unjudged == 30 and found.n_unfaithful + found.n_faithful == 870
     blanket = neither_enrichment(np.where(random.random(900) < 0.5, "either", gold), faithful, gold, np.arange(900) // 6)
     assert blanket.above_gold.low > 0.2 and not blanket.above_faithful.excludes(0)  # a model that says it everywhere

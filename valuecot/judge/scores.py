@@ -50,7 +50,7 @@ def correct(
     for i, label in enumerate(gold):
         if is_missing(label):
             raise ValueError(f"gold[{i}] is {label!r}: a row without a gold answer cannot be scored")
-    return np.array([not is_missing(p) and g == p for g, p in zip(gold, predicted, strict=True)], dtype=bool)
+    return np.array([g == p for g, p in zip(gold, predicted, strict=True)], dtype=bool)
 
 # %% ../../nbs/judge/10_scores.ipynb #5322982b
 def label_codes(
