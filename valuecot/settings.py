@@ -74,11 +74,12 @@ class Data:
 
 @dataclass(frozen=True)
 class Design:
-    "[geometry.design]: the cells of the experiment."
+    "[geometry.design], [steerable.design]: the cells of the experiment."
 
     models: tuple[str, ...]
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
+    datasets: tuple[Literal["all", "value_kaleidoscope", "opinionqa"], ...] = ("all",)
 
 # %% ../nbs/01_settings.ipynb #64085721-2
 @dataclass(frozen=True)
@@ -150,6 +151,10 @@ class SFT:
         if self.schedule != "cosine" and (self.min_learning_rate or self.cycle != 1):
             raise ValueError(f"sft.min_learning_rate = {self.min_learning_rate} and sft.cycle = {self.cycle} go with schedule = cosine, not {self.schedule}")
 
+    def of(self, dataset: str) -> SFT:
+        "As it is: a study of one data set."
+        return self
+
 
 @dataclass(frozen=True)
 class RewardModel:
@@ -212,6 +217,10 @@ class GRPO:
             raise ValueError(f"grpo.checkpoint_every={self.checkpoint_every} is no multiple of updates_per_rollout={self.updates_per_rollout} times iterations={self.iterations}: inside a rollout a run cannot be taken up again")
         if self.schedule != "cosine" and self.min_learning_rate:
             raise ValueError(f"grpo.min_learning_rate = {self.min_learning_rate} goes with schedule = cosine, not {self.schedule}")
+
+    def of(self, dataset: str) -> GRPO:
+        "As it is: a study of one data set."
+        return self
 
 # %% ../nbs/01_settings.ipynb #64085721-5
 @dataclass(frozen=True)
@@ -304,11 +313,20 @@ class BaseModel:
 # %% ../nbs/01_settings.ipynb #64085721-7
 @dataclass(frozen=True)
 class Steerable:
-    "[steerable]: the two benchmarks."
+    "[steerable]: the two benchmarks, and which of their rows are used."
 
     value_kaleidoscope: Source
     opinionqa: Source
     preset: Literal["ours", "authors_code", "printed"]  # where the paper and its authors' code differ
+    split: Literal["question", "battery"]  # what stays together: a scenario, or questions that are nearly the same
+    split_shares: tuple[float, ...]  # train, validation, test, where the rows carry no split
+    split_seed: int
+    train_rows: int = 0  # 0: all
+    validation_rows: int = 0
+    test_rows: int = 0
+    decided_by: Literal["perspective", "scenario"] = "perspective"  # embedded rows: the planted world, or the null one where no perspective matters
+    scenarios: int = 0  # embedded situations; 0: the world's own number
+    survey_questions: int = 0  # embedded
 
 
 @dataclass(frozen=True)
@@ -375,17 +393,20 @@ class SteerableGRPO:
     activation_checkpointing: bool
     rollouts: Literal["transformers", "vllm"]
     checkpoint_every: int
+    temperature: float
+    top_p: float
+    top_k: int
     patience: int
 
     def __post_init__(self):
         if self.batch_size % self.minibatch_size:
             raise ValueError(f"steerable.grpo.batch_size={self.batch_size} is no multiple of steerable.grpo.minibatch_size={self.minibatch_size}: a rollout is cut into whole updates")
 
-    def of(self, sampling: Sampling) -> GRPO:
-        "With how completions are drawn."
+    def of(self, dataset: str) -> GRPO:
+        "As one of the first study's."
         names = {f.name for f in fields(GRPO)} - {"batch_size"}
         same = {k: v for k, v in asdict(self).items() if k in names}
-        return GRPO(batch_size=self.minibatch_size, batch_unit="prompts", updates_per_rollout=self.batch_size // self.minibatch_size, schedule="cosine", temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, **same)
+        return GRPO(batch_size=self.minibatch_size, batch_unit="prompts", updates_per_rollout=self.batch_size // self.minibatch_size, schedule="cosine", **same)
 
 # %% ../nbs/01_settings.ipynb #36f3a953
 records = {
@@ -401,6 +422,7 @@ records = {
     "base_model": BaseModel,
     "machine": Machine,
     "steerable": Steerable,
+    "steerable.design": Design,
     "steerable.sft": SteerableSFT,
     "steerable.grpo": SteerableGRPO,
     "steerable.sampling": Sampling,
@@ -437,7 +459,7 @@ def cast(
         raise ValueError(f"{where} = {text!r} is not {'a whole number' if kind is int else 'a number'}") from None
     if not 0 <= value < float("inf"):
         raise ValueError(f"{where} = {text!r} must be finite and not negative")
-    if kind is int and value == 0 and not where.endswith(("seed", "seeds", "top_k", "head_dim", "linear_heads", "per_minute", "max_prompt_length", "patience")):
+    if kind is int and value == 0 and not where.endswith(("seed", "seeds", "top_k", "head_dim", "linear_heads", "per_minute", "max_prompt_length", "patience", "_rows", "scenarios", "survey_questions")):
         raise ValueError(f"{where} = 0 would leave nothing to do: it counts something, so at least 1")
     return value
 
@@ -566,15 +588,20 @@ def load(
 # %% ../nbs/01_settings.ipynb #fc5ce832
 def check_design(settings: Settings) -> None:
     "Refuse a design that names no arm, model or seed, one that does not exist, or one twice."
-    design = settings["geometry.design"]
-    for what, names in {"model": design.models, "arm": design.arms}.items():
-        known = [s.split(".", 1)[1] for s in settings.sections if s.startswith(f"{what}.")]
-        for name in names:
-            if name not in known:
-                raise KeyError(f"geometry.design.{what}s: {nearest(name, known, what)}")
-    for key, names in asdict(design).items():
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"geometry.design.{key} = {', '.join(map(str, names)) or 'nothing'}: name each once, and at least one")
+    for study in ("geometry", "steerable"):
+        design = settings[f"{study}.design"]
+        arms = [s.split(".", 1)[1] for s, arm in settings.sections.items() if s.startswith("arm.") and arm.study == study]
+        models = [s.split(".", 1)[1] for s in settings.sections if s.startswith("model.")]
+        for what, names, known in (("model", design.models, models), ("arm", design.arms, arms)):
+            for name in names:
+                if name not in known:
+                    raise KeyError(f"{study}.design.{what}s: {nearest(name, known, what)}")
+        for key, names in asdict(design).items():
+            if not names or len(set(names)) < len(names):
+                raise ValueError(f"{study}.design.{key} = {', '.join(map(str, names)) or 'nothing'}: name each once, and at least one")
+        for arm in (settings[f"arm.{name}"] for name in design.arms):
+            if lacking := [m for m in design.models if arm.start and f"model.{m}-{arm.start}" not in settings.sections]:
+                raise ValueError(f"arm {arm.name} starts from [model.{lacking[0]}-{arm.start}], which settings.ini does not have: add it, or set arm.{arm.name}.start to another variant or to nothing")
     taught = settings["geometry.traces"].teachers
     known = [s.split(".", 1)[1] for s in settings.sections if s.startswith("teacher.")]
     for name in taught:

@@ -51,6 +51,7 @@ class Prompt(Shown):
     mechanism: str  # how the conflict was built; "" where unknown
     split: str = ""  # "sft", "grpo" or "heldout"; "" before the split
     subset: int = -1  # evaluation subset 0, 1, 2 among held-out prompts; -1 in none
+    gold: str = ""  # letter of the option that counts as right; "" where there are no options
 
 # %% ../nbs/00_types.ipynb #64d9a672-2
 @dataclass(frozen=True)
@@ -78,9 +79,13 @@ class Arm(Shown):
     thinking: bool  # prompts end inside an open <think>
     target: str  # trace style whose text the Hessian is taken over
     part: Literal["completion", "reasoning", "response", "prompt", "text"]  # what is scored of it; completion: reasoning and response; text: all
-    reward: Literal["judge", "format"] = "judge"  # of reinforcement learning: the reward model's score, or 1 for a well-formed completion
+    reward: Literal["judge", "format", "letter", "strict letter", "any letter"] = "judge"  # of reinforcement learning: the reward model's score, 1 for a well-formed completion, for the gold letter, or for any letter
     fraction: float = 1.0  # of the training prompts, the same ones for every arm and seed
-    answer_weight: float = 1.0  # in fine-tuning, of a response's token against one of reasoning
+    answer_weight: float = 1.0  # in fine-tuning, of a token of the answer against one before it: of the response, or of what follows "Answer:"
+    study: Literal["geometry", "steerable"] = "geometry"
+    view: str = ""  # wording of the prompts that it sees; "" for the study's own
+    start: str = ""  # variant of the model that it starts from, as "instruct": section [model.<name>-instruct]; "" for the model itself
+    datasets: tuple[str, ...] = ()  # that it exists for; () for all
 
     def __post_init__(self):
         if self.grpo and (wrong := set(self.grpo.split("+")) - {"sft", "grpo"}):
@@ -187,8 +192,18 @@ class Run(Shown):
     seed: int
     out: Path  # folder that it writes to
     settings: object  # the settings that the stage declared, and no others
-    inputs: dict[str, Path]  # "stage/model/arm/seed" -> folder of a complete earlier run
+    inputs: dict[str, Path]  # "stage/model[-dataset]/arm/seed" -> folder of a complete earlier run
     key: str = ""  # rerun key: code, settings read, keys of the inputs
+    dataset: str = "all"
+
+    def folders(self, stage: str) -> list[Path]:
+        "Folders of the earlier runs of `stage`."
+        return [folder for name, folder in self.inputs.items() if name.split("/")[0] == stage]
+
+    def folder(self, stage: str) -> Path:
+        "The one earlier run of `stage`."
+        (found,) = self.folders(stage)
+        return found
 
     @property
     def start(self) -> str:

@@ -15,10 +15,11 @@ from pathlib import Path
 from .fingerprints import bare, code_of, fingerprint, notebooks, reached
 from ..settings import Settings, Source, Weights, load, nearest, outputs, root
 from ..store import digest, hash_folder, read_json, write_text
+from ..types import Arm
 
 # %% auto #0
-__all__ = ['Stage', 'declaration', 'stages', 'Job', 'Plan', 'named_files', 'key_of', 'forget', 'why', 'mark', 'put_in_order',
-           'key_file', 'find_job', 'companion_stale', 'companion_key']
+__all__ = ['DATASETS', 'Stage', 'declaration', 'stages', 'Job', 'split_cell', 'Plan', 'named_files', 'key_of', 'forget', 'why',
+           'mark', 'put_in_order', 'key_file', 'find_job', 'companion_stale', 'companion_key']
 
 # %% ../../nbs/flow/12_plan.ipynb #0ec2cc04
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class Stage:
     "What a stage notebook says of itself."
 
     name: str
-    levels: tuple[str, ...] = ()  # of "model", "arm", "seed": one run for each combination
-    reads: tuple[str, ...] = ()  # settings sections; {model}, {arm}, {study} are filled in, {arms} of the design, {registry} of all arms, {teachers} give one for each
-    inputs: tuple[str, ...] = ()  # stages needed first; "sft|base_model" takes the first that this arm has
+    levels: tuple[str, ...] = ()  # of "model", "dataset", "arm", "seed": one run for each combination
+    reads: tuple[str, ...] = ()  # settings sections; {model}, {dataset}, {arm}, {study} are filled in, {arms} of the design, {registry} of all arms, {teachers} give one for each; "...?" where the study has it
+    inputs: tuple[str, ...] = ()  # stages needed first; "sft|base_model" takes the first that this arm has, "reward_model@judge" is for arms that are rewarded so
     only: str = ""  # field of Arm: arms where it is empty skip the stage
     same: tuple[str, ...] = ()  # fields of Arm: arms that agree in all of them share one run, under the name of the first in settings.ini
     report: bool = False  # collects everything: its folder has no levels, and figures are its product
@@ -52,7 +53,10 @@ def stages(study: str) -> dict[str, Stage]:  # by name
     found = [declaration(p) for p in notebooks() if p.parent.name in folders]
     return {s.name: s for s in found if s}
 
-# %% ../../nbs/flow/12_plan.ipynb #ddb71381
+# %% ../../nbs/flow/12_plan.ipynb #2e285615
+DATASETS = "value_kaleidoscope", "opinionqa"  # of the steerable study
+
+
 @dataclass(frozen=True, order=True)
 class Job:
     "One run of a stage."
@@ -62,24 +66,34 @@ class Job:
     model: str = "all"
     arm: str = "all"
     seed: str = "all"  # "seed0"; "all" where the stage has no seed
+    dataset: str = "all"
 
     @property
     def path(self) -> str:
         "Folder below outputs/<profile>/."
         if self.stage == "report":
             return f"{self.study}/report"
-        return "/".join([self.study, self.stage, self.model, self.arm, self.seed])
+        cell = self.model if self.dataset == "all" else f"{self.model}-{self.dataset}"
+        return "/".join([self.study, self.stage, cell, self.arm, self.seed])
 
     @property
     def label(self) -> str:
         "As a person reads it."
-        named = [n for n in (self.model, self.arm, self.seed.replace("seed", "seed ")) if n != "all"]
+        named = [n for n in (self.model, self.dataset, self.arm, self.seed.replace("seed", "seed ")) if n != "all"]
         return " · ".join([self.stage, *named])
 
     @classmethod
     def read(cls, path: str) -> Job:
         "Job of a folder."
-        return cls(*path.strip("/").split("/"))
+        study, stage, cell, arm, seed = (*path.strip("/").split("/"), "all", "all", "all")[:5]
+        model, dataset = split_cell(cell)
+        return cls(study, stage, model, arm, seed, dataset)
+
+
+def split_cell(cell: str) -> tuple[str, str]:  # model, dataset
+    "Undo `model-dataset`; a model's name may hold a dash, a data set's does not."
+    model, _, dataset = cell.rpartition("-")
+    return (model, dataset) if dataset in DATASETS else (cell, "all")
 
 # %% ../../nbs/flow/12_plan.ipynb #0ec2cc04-2
 @dataclass(frozen=True)
@@ -107,39 +121,62 @@ class Plan:
         "Where the profile's results lie."
         return outputs() / self.profile
 
-    def runs(self, stage: Stage, arm: str) -> bool:
-        "Whether `arm` has `stage` at all."
-        return not stage.only or arm == "all" or bool(getattr(self.settings[f"arm.{arm}"], stage.only))
+    @property
+    def design(self):
+        "Models, data sets, arms and seeds."
+        return self.settings[f"{self.study}.design"]
+
+    @property
+    def registry(self) -> dict[str, Arm]:
+        "Every arm of the study by name, whether it runs or not."
+        return {arm.name: arm for name, arm in self.settings.sections.items() if name.startswith("arm.") and arm.study == self.study}
+
+    def runs(self, stage: Stage, arm: str, dataset: str = "all") -> bool:
+        "Whether `arm` has `stage` at all, on this data set."
+        if arm == "all":
+            return True
+        found = self.settings[f"arm.{arm}"]
+        return (not stage.only or bool(getattr(found, stage.only))) and (dataset == "all" or not found.datasets or dataset in found.datasets)
 
     def shared(self, stage: Stage, arm: str) -> str:
         "The arm under whose name `stage` runs for `arm`."
         if not stage.same or arm == "all":
             return arm
-        arms = [record for name, record in self.settings.sections.items() if name.startswith("arm.")]
-        return next(other.name for other in arms if all(getattr(other, f) == getattr(self.settings[f"arm.{arm}"], f) for f in stage.same))
+        return next(name for name, other in self.registry.items() if all(getattr(other, f) == getattr(self.registry[arm], f) for f in stage.same))
 
     def expand(self, stage: Stage, fixed: dict[str, str]) -> list[Job]:
         "Jobs of `stage`, with levels in `fixed` held."
-        design = self.settings["geometry.design"]
-        known = {"model": design.models, "arm": design.arms, "seed": [f"seed{s}" for s in design.seeds]}
+        design = self.design
+        known = {"model": design.models, "dataset": design.datasets, "arm": design.arms, "seed": [f"seed{s}" for s in design.seeds]}
         found = [Job(self.study, stage.name)]
         for level in stage.levels:
             choices = [fixed[level]] if fixed.get(level, "all") != "all" else known[level]
             found = [replace(job, **{level: choice}) for job in found for choice in choices]
-        return list(dict.fromkeys(replace(job, arm=self.shared(stage, job.arm)) for job in found if self.runs(stage, job.arm)))
+        return list(dict.fromkeys(replace(job, arm=self.shared(stage, job.arm)) for job in found if self.runs(stage, job.arm, job.dataset)))
+
+    def needs(self, job: Job) -> list[Stage]:
+        "Stages that must be complete before `job`."
+        found = []
+        for name in self.stages[job.stage].inputs:
+            name, _, reward = name.partition("@")
+            if reward and self.settings[f"arm.{job.arm}"].reward != reward:
+                continue
+            options = [self.stages[n] for n in name.split("|")]
+            found.append(next(s for s in options if self.runs(s, job.arm if "arm" in s.levels else "all", job.dataset)))
+        return found
 
     def inputs(self, job: Job) -> list[Job]:
         "Jobs that must be complete before `job`."
-        fixed, found = {"model": job.model, "arm": job.arm, "seed": job.seed}, []
-        for name in self.stages[job.stage].inputs:
-            options = [self.stages[n] for n in name.split("|")]
-            first = next(s for s in options if self.runs(s, job.arm if "arm" in s.levels else "all"))
-            found += self.expand(first, fixed)
+        start = self.settings[f"arm.{job.arm}"].start if job.arm != "all" else ""
+        found = []
+        for stage in self.needs(job):
+            variant = f"{job.model}-{start}" if start and stage.levels == ("model",) else job.model
+            found += self.expand(stage, {"model": variant, "dataset": job.dataset, "arm": job.arm, "seed": job.seed})
         return found
 
     def jobs(self) -> list[Job]:
-        "Every job, each after its inputs."
-        found, todo = [], [job for stage in self.stages.values() for job in self.expand(stage, {})]
+        "Every job, each after its inputs; a stage of both studies runs where one of this study needs it."
+        found, todo = [], [job for stage in self.stages.values() if stage.notebook.parent.name == self.study for job in self.expand(stage, {})]
 
         def add(job: Job) -> None:
             if job not in found:
@@ -153,13 +190,13 @@ class Plan:
 
     def reads(self, job: Job) -> Settings:
         "The settings that `job` declared."
-        registry = [name.split(".", 1)[1] for name in self.settings.sections if name.startswith("arm.")]
-        many = {"{arms}": self.settings["geometry.design"].arms, "{registry}": registry, "{teachers}": self.settings["geometry.traces"].teachers}
+        many = {"{arms}": self.design.arms, "{registry}": self.registry, "{teachers}": self.settings["geometry.traces"].teachers}
         patterns = []
         for name in self.stages[job.stage].reads:
             each = next((key for key in many if key in name), None)
             patterns += [name.replace(each, one) for one in many[each]] if each else [name]
-        return self.settings.only([n.format(model=job.model, arm=job.arm, study=job.study) for n in patterns])
+        names = [n.format(model=job.model, dataset=job.dataset, arm=job.arm, study=job.study) for n in patterns]
+        return self.settings.only([n.removesuffix("?") for n in names if not n.endswith("?") or n[:-1] in self.settings.sections])
 
     def run_file(self, job: Job) -> Path:
         "Its existence means that `job` is complete."
@@ -239,19 +276,21 @@ def key_file(plan: Plan, job: Job) -> Path:
     reason = why(plan, job)
     return mark(plan.folder / ".keys" / job.path.replace("/", "-"), plan.run_file(job), digest(plan.key(job)), reason)
 
-# %% ../../nbs/flow/12_plan.ipynb #3bfbaf4f
-def find_job(plan: Plan, stage: str, model: str = "all", arm: str = "all", seed: int | str = "all") -> Job:
+# %% ../../nbs/flow/12_plan.ipynb #3ffa8039
+def find_job(plan: Plan, stage: str, model: str = "all", arm: str = "all", seed: int | str = "all", dataset: str = "all") -> Job:
     "The job of `stage` for these levels; an unknown name is an error."
     if stage not in plan.stages:
         raise KeyError(nearest(stage, list(plan.stages), "stage"))
     levels = plan.stages[stage].levels
-    for what, name in {"model": model, "arm": arm}.items():
-        known = [s.split(".", 1)[1] for s in plan.settings.sections if s.startswith(f"{what}.")]
-        if what in levels and name not in known:
-            raise KeyError(nearest(name, known, what))
-    job = Job(plan.study, stage, *(n if level in levels else "all" for level, n in [("model", model), ("arm", arm), ("seed", f"seed{seed}".replace("seedseed", "seed"))]))
-    if not plan.runs(plan.stages[stage], job.arm):
-        raise ValueError(f"arm {arm!r} has no stage {stage!r}: its `{plan.stages[stage].only}` is empty in settings.ini")
+    models = [s.split(".", 1)[1] for s in plan.settings.sections if s.startswith("model.")]
+    known = {"model": models, "dataset": list(plan.design.datasets), "arm": list(plan.registry)}
+    for what, name in {"model": model, "dataset": dataset, "arm": arm}.items():
+        if what in levels and name not in known[what]:
+            raise KeyError(nearest(name, known[what], what))
+    asked = {"model": model, "dataset": dataset, "arm": arm, "seed": f"seed{seed}".replace("seedseed", "seed")}
+    job = Job(plan.study, stage, **{level: name for level, name in asked.items() if level in levels})
+    if not plan.runs(plan.stages[stage], job.arm, job.dataset):
+        raise ValueError(f"arm {arm!r} has no stage {stage!r}: its `{plan.stages[stage].only}` is empty in settings.ini" if plan.runs(plan.stages[stage], job.arm) is False else f"arm {arm!r} has no data set {dataset!r}: its `datasets` in settings.ini are others")
     return job
 
 # %% ../../nbs/flow/12_plan.ipynb #4e3e95ec

@@ -40,16 +40,17 @@ def begin(
     out: str = "",  # folder to write to; empty: a scratch folder
     overrides: str = "",  # as in make study SET=...
     study: str = "geometry",
+    dataset: str = "all",
 ) -> Run:
     "Resolve what a stage was asked; a missing or edited input is an error that says what to run."
     plan = Plan(profile, study, overrides)
-    job = find_job(plan, stage.name, model, arm, seed)
+    job = find_job(plan, stage.name, model, arm, seed, dataset)
     inputs = {j.path.split("/", 1)[1]: plan.run_file(j).parent for j in plan.inputs(job)}
     for name, folder in inputs.items():
         check_complete(name, folder, plan)
     folder = Path(out) if out else Path(tempfile.mkdtemp(prefix=f"valuecot-{stage.name}-"))
     folder.mkdir(parents=True, exist_ok=True)
-    return Run(stage.name, study, profile, job.model, job.arm, seed if seed == "all" else int(seed), folder, plan.reads(job), inputs, digest(plan.key(job)))
+    return Run(stage.name, study, profile, job.model, job.arm, seed if seed == "all" else int(seed), folder, plan.reads(job), inputs, digest(plan.key(job)), job.dataset)
 
 # %% ../../nbs/flow/14_run.ipynb #434b2d8c
 def check_complete(name: str, folder: Path, plan: Plan) -> None:
@@ -145,7 +146,7 @@ def run_stage(plan: Plan, job: Job) -> Path:  # the run's folder
         key = plan.key(job)  # before anything runs: what is edited meanwhile did not make this result
         stage, started = plan.stages[job.stage], time.monotonic()
         parameters = {"profile": plan.profile, "out": str(folder), "overrides": plan.overrides}
-        parameters |= {level: getattr(job, level) for level in ("model", "arm") if level in stage.levels}
+        parameters |= {level: getattr(job, level) for level in ("model", "dataset", "arm") if level in stage.levels}
         if "seed" in stage.levels:
             parameters["seed"] = int(job.seed.removeprefix("seed"))
         if stage.notebook.parent.name == "stages":
@@ -166,7 +167,7 @@ def provenance(plan: Plan, job: Job, key: dict[str, str], parameters: dict[str, 
     commit, dirty = revision()
     inputs = {j.path.split("/", 1)[1]: digest(plan.key(j)) for j in plan.inputs(job)}
     return {
-        "study": job.study, "stage": job.stage, "profile": plan.profile, "model": job.model, "arm": job.arm, "seed": job.seed,
+        "study": job.study, "stage": job.stage, "profile": plan.profile, "model": job.model, "dataset": job.dataset, "arm": job.arm, "seed": job.seed,
         "notebook": str(plan.stages[job.stage].notebook.relative_to(root())),
         "parameters": {k: v for k, v in parameters.items() if k != "out"},
         "settings": plan.reads(job).values(), "key": key, "inputs": inputs,

@@ -46,7 +46,7 @@ def show(plan: Plan) -> str:
     waiting = {job: why(plan, job) for job in jobs}
     lines = [f"{plan.study}, profile {plan.profile}: {sum(map(bool, waiting.values()))} of {len(jobs)} runs to do"]
     lines += [f"  {job.label:<44} {reason or 'complete'}" for job, reason in waiting.items()]
-    used = {f"model.{name}" for name in plan.settings["geometry.design"].models}
+    used = {f"model.{job.model}" for job in jobs if job.stage == "base_model"}
     for section, record in plan.settings.sections.items():
         source = getattr(record, "source", "scratch")
         if source != "scratch" and (section.startswith(f"{plan.study}.") or section in used):

@@ -111,8 +111,8 @@ def words_asked(settings: Traces) -> int | None:
 # %% ../../nbs/geometry/25_audit.ipynb #48419a9a
 def run_audit(run: Run) -> dict[str, object]:  # name -> table, figure or page
     "Write every table as CSV and the figure as PNG."
-    folder = run.inputs["traces/all/all/all"]
-    prompts = [p for p in read_records(run.inputs["prompts/all/all/all"] / "prompts.jsonl", Prompt) if p.split in ("sft", "heldout")]
+    folder = run.folder("traces")
+    prompts = [p for p in read_records(run.folder("prompts") / "prompts.jsonl", Prompt) if p.split in ("sft", "heldout")]
     traces, aside = read_records(folder / "traces.jsonl", Trace), read_records(folder / "quarantine.jsonl", Quarantined)
     controls = read_records(folder / "controls.jsonl", Trace)
     words = words_asked(run.settings["geometry.traces"])

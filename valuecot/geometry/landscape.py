@@ -25,7 +25,7 @@ from ..types import Landscape, Run, Spectrum
 # %% auto #0
 __all__ = ['stage', 'checks', 'surface', 'run_landscape']
 
-# %% ../../nbs/geometry/60_landscape.ipynb #6f89fce7
+# %% ../../nbs/geometry/60_landscape.ipynb #03b53698
 stage = Stage("landscape", levels=("model", "arm", "seed"), reads=("geometry.hessian", "geometry.landscape", "arm.{arm}"), inputs=("prompts", "traces", "grpo|sft|base_model", "spectrum", "range"))
 
 # %% ../../nbs/geometry/60_landscape.ipynb #35f8f918
@@ -59,7 +59,7 @@ def surface(H: LossHessian, vectors: torch.Tensor, axis: torch.Tensor, place: Pa
 def run_landscape(run: Run) -> dict[str, Landscape]:  # "subset0", "subset1"
     "Both surfaces of one checkpoint, on the family's range."
     arm, settings, device = run.settings[f"arm.{run.arm}"], run.settings["geometry.landscape"], str(fix(run.seed))
-    prompts, traces = read_traces(run.inputs["prompts/all/all/all"], run.inputs["traces/all/all/all"])
+    prompts, traces = read_traces(run.folder("prompts"), run.folder("traces"))
     cell = f"{run.model}/{run.arm}/seed{run.seed}"
     model, tokenizer = load_model(run.policy, device)
     spectrum = load_tensors(run.inputs[f"spectrum/{cell}"] / "subset0.safetensors", Spectrum)

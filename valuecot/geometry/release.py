@@ -34,11 +34,11 @@ def run_release(run: Run) -> str:  # the card
     "Write data/<split>.parquet, README.md and the replies."
     from datasets import Dataset, Features, List, Value  # here: their import takes a second, and a plan needs none of it
 
-    data, folder = run.settings["geometry"], run.inputs["traces/all/all/all"]
-    prompts = read_records(run.inputs["prompts/all/all/all"] / "prompts.jsonl", Prompt)
+    data, folder = run.settings["geometry"], run.folder("traces")
+    prompts = read_records(run.folder("prompts") / "prompts.jsonl", Prompt)
     traces = [t for name in ("traces", "controls") for t in read_records(folder / f"{name}.jsonl", Trace)]
     aside = read_records(folder / "quarantine.jsonl", Quarantined)
-    rows = released_rows(prompts, traces, read_records(run.inputs["audit/all/all/all"] / "findings.jsonl", Finding), aside, released(data))
+    rows = released_rows(prompts, traces, read_records(run.folder("audit") / "findings.jsonl", Finding), aside, released(data))
     kinds = {bool: Value("bool"), int: Value("int64"), list: List(Value("string"))}
     named = dict.fromkeys(("made_from", "audit", "phases"), list) | {"words": int, "in_study": bool}
     features = Features({name: kinds.get(named.get(name), Value("string")) for name in rows[0]})  # the same in every split, also where a column is empty

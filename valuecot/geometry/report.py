@@ -66,7 +66,7 @@ def eigenvalue_table(rows: pd.DataFrame, model: str, settings) -> pd.DataFrame:
         })
     return pd.DataFrame(table)
 
-# %% ../../nbs/geometry/90_report.ipynb #f4a6b4a5
+# %% ../../nbs/geometry/90_report.ipynb #8745c69b
 def paired(table: pd.DataFrame, mean: str, se: str) -> list[str]:
     "Means with their standard errors, to the digits that the errors leave."
     return [with_se(m, s) for m, s in zip(table[mean], table[se], strict=True)]
@@ -101,7 +101,6 @@ def evidence(table: pd.DataFrame, prompts: int) -> Html:
     })
     return to_html(found, f"Evidence: worst residual, the rest means over {table.subsets.iloc[0]} subsets of {prompts} prompts")
 
-
 # %% ../../nbs/geometry/90_report.ipynb #d7e0d636
 titles = {"figure1": ("qwen", surfaces), "figure2": ("qwen", contours), "figure3": ("llama", contours), "figure4": ("llama", surfaces)}
 
@@ -134,10 +133,10 @@ def landscape_figures(run: Run) -> dict[str, Figure]:
                 found[f"{name}_second_subset"] = landscape_figure(run, model, draw, 1, f"{model}, {kind}, second subset")
     return found
 
-# %% ../../nbs/geometry/90_report.ipynb #29ad12a5
+# %% ../../nbs/geometry/90_report.ipynb #485ceb50
 def teacher_table(run: Run) -> pd.DataFrame:
     "The same samples by the teacher of their prompt: an arm's effect should not be one teacher's."
-    _, traces = read_traces(run.inputs["prompts/all/all/all"], run.inputs["traces/all/all/all"])
+    _, traces = read_traces(run.folder("prompts"), run.folder("traces"))
     teacher = {t.prompt_id: t.teacher for t in traces}
     rows = collect(run, "samples", lambda folder: [{"teacher": teacher[r.prompt_id], "well_formed": r.well_formed, "reward": r.reward, "words": len(r.completion.split())} for r in read_records(folder / "rollouts.jsonl", Rollout) if r.prompt_id in teacher])
     by = rows.groupby(["model", "arm", "teacher"], sort=False)
@@ -146,14 +145,14 @@ def teacher_table(run: Run) -> pd.DataFrame:
 # %% ../../nbs/geometry/90_report.ipynb #ca84d3db
 def table_3(run: Run) -> tuple[Prompt, list[Trace]]:
     "One held-out prompt with both of its traces."
-    prompts, traces = read_traces(run.inputs["prompts/all/all/all"], run.inputs["traces/all/all/all"])
+    prompts, traces = read_traces(run.folder("prompts"), run.folder("traces"))
     prompt = min((p for p in prompts if p.split == "heldout"), key=lambda p: p.id)
     return prompt, [t for t in traces if t.prompt_id == prompt.id and t.style in ASKED]
 
 
 def table_4(run: Run, model: str, n: int = 3) -> list[tuple[Prompt, dict[str, Rollout]]]:
     "The first held-out prompts with what each thinking arm of a family wrote."
-    prompts = {p.id: p for p in read_records(run.inputs["prompts/all/all/all"] / "prompts.jsonl", Prompt)}
+    prompts = {p.id: p for p in read_records(run.folder("prompts") / "prompts.jsonl", Prompt)}
     seed = run.settings["geometry.design"].seeds[0]
     arms = [a for a in run.settings["geometry.design"].arms if run.settings[f"arm.{a}"].thinking]
     if not arms:
@@ -174,7 +173,7 @@ def text_rows(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:  # tables 3 and 4 
 def run_report(run: Run) -> dict[str, object]:  # name -> table or figure
     "Write every table as CSV and every figure as PNG."
     settings, made = run.settings, {}
-    made["prompts"] = write_table(run, "prompts", pd.DataFrame(read_json(run.inputs["prompts/all/all/all"] / "counts.json")))
+    made["prompts"] = write_table(run, "prompts", pd.DataFrame(read_json(run.folder("prompts") / "counts.json")))
     rows = write_table(run, "spectrum", collect(run, "spectrum", lambda folder: [r | {"warnings": "; ".join(r["warnings"])} for r in read_json(folder / "spectrum.json")]))
     for name, model in {"table1": "qwen", "table2": "llama"}.items():
         if model in settings["geometry.design"].models:

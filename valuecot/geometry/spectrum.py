@@ -19,10 +19,10 @@ from ..types import Run, Spectrum
 # %% auto #0
 __all__ = ['stage', 'row', 'measure_subset', 'run_spectrum']
 
-# %% ../../nbs/geometry/50_spectrum.ipynb #c956ceb5
+# %% ../../nbs/geometry/50_spectrum.ipynb #e4339d4d
 stage = Stage("spectrum", levels=("model", "arm", "seed"), reads=("geometry.hessian", "arm.{arm}"), inputs=("prompts", "traces", "grpo|sft|base_model"))
 
-# %% ../../nbs/geometry/50_spectrum.ipynb #97676d29
+# %% ../../nbs/geometry/50_spectrum.ipynb #a73a2807
 def row(instrument: str, subset: int, found: Spectrum, least: Spectrum | None = None) -> dict[str, object]:
     "One line of the spectrum table."
     first, second = (float(x) for x in found.eigenvalues[:2])
@@ -46,7 +46,7 @@ def measure_subset(model, examples: list, settings: Hessian, subset: int) -> tup
 def run_spectrum(run: Run) -> list[dict]:  # rows of the table
     "Measure one checkpoint on every subset."
     arm, settings, device = run.settings[f"arm.{run.arm}"], run.settings["geometry.hessian"], str(fix(run.seed))
-    prompts, traces = read_traces(run.inputs["prompts/all/all/all"], run.inputs["traces/all/all/all"])
+    prompts, traces = read_traces(run.folder("prompts"), run.folder("traces"))
     model, tokenizer = load_model(run.policy, device)
     rows, tokens, sizes = [], {}, []
     for subset in sorted({p.subset for p in prompts} - {-1}):

@@ -21,10 +21,10 @@ from ..teacher.controls import controls
 from ..teacher.desks import backends, questions, replies_path, teachers_of
 from ..types import Prompt, Run, Trace
 
-# %% ../../nbs/geometry/20_traces.ipynb #e51e8a28
+# %% ../../nbs/geometry/20_traces.ipynb #25c2aebe
 stage = Stage("traces", reads=("geometry.traces", "teacher.{teachers}"), inputs=("prompts",))
 
-# %% ../../nbs/geometry/20_traces.ipynb #594a4a3a
+# %% ../../nbs/geometry/20_traces.ipynb #d26d1931
 def complete(found: Collected, missing: dict[str, str], cache: Cache, cap: float) -> None:
     "Every question has its reply or its reason; else an error that says what to do."
     kept = f"what came is kept in {cache.path.name}, and the next run asks only for the rest"
@@ -38,7 +38,7 @@ def complete(found: Collected, missing: dict[str, str], cache: Cache, cap: float
         reasons = Counter(q.reason for q in found.aside if q.teacher == teacher)
         raise RuntimeError(f"no trace came of {reasons.total()} questions to {teacher} ({'; '.join(f'{n} x {reason}' for reason, n in reasons.most_common(3))}): its prompts would be missing from every arm; {kept}")
 
-# %% ../../nbs/geometry/20_traces.ipynb #1d6a888d
+# %% ../../nbs/geometry/20_traces.ipynb #381ea513
 def take(cache: Cache, folder: Path, wants: list[Wanted]) -> None:
     "Take somebody's replies into the cache; a folder that answers nothing is an error."
     paths = sorted(folder.glob("*.jsonl.gz"))
@@ -52,7 +52,7 @@ def take(cache: Cache, folder: Path, wants: list[Wanted]) -> None:
     for path in paths:
         import_replies(cache, path)
 
-# %% ../../nbs/geometry/20_traces.ipynb #1c277803
+# %% ../../nbs/geometry/20_traces.ipynb #a64431ea
 def replies(run: Run, prompts: list[Prompt]) -> Collected:
     "Both traces of every prompt, from the teachers that the settings name."
     settings = run.settings["geometry.traces"]
@@ -66,10 +66,10 @@ def replies(run: Run, prompts: list[Prompt]) -> Collected:
         export_replies(cache, run.out / "replies.jsonl.gz", found.keys)
     return found
 
-# %% ../../nbs/geometry/20_traces.ipynb #dddea400
+# %% ../../nbs/geometry/20_traces.ipynb #ab359aef
 def run_traces(run: Run) -> list[Trace]:
     "Write and save the traces of the SFT and held-out prompts."
-    prompts = [p for p in read_records(run.inputs["prompts/all/all/all"] / "prompts.jsonl", Prompt) if p.split in ("sft", "heldout")]
+    prompts = [p for p in read_records(run.folder("prompts") / "prompts.jsonl", Prompt) if p.split in ("sft", "heldout")]
     found = replies(run, prompts)
     made, lost = controls(found.traces)
     aside = found.aside + unequal(found.traces, run.settings["geometry.traces"].match)

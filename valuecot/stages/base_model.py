@@ -73,8 +73,8 @@ def run_base_model(run: Run) -> Checkpoint:
     "Load or build the family's base model."
     shape, settings = run.settings[f"model.{run.model}"], run.settings["base_model"]
     device = str(fix(0))
-    prompts = read_records(run.inputs["prompts/all/all/all"] / "prompts.jsonl", Prompt)
-    traces = read_records(run.inputs["traces/all/all/all"] / "traces.jsonl", Trace)
+    prompts = read_records(run.folder("prompts") / "prompts.jsonl", Prompt)
+    traces = read_records(run.folder("traces") / "traces.jsonl", Trace)
     counts: dict[str, object] = {"source": shape.source}
     steps = 0
     if shape.source == "scratch":

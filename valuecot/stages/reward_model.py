@@ -56,8 +56,8 @@ def measured(judge: ScalarReward, prompts: list[Prompt], traces: list[Trace]) ->
 def run_reward_model(run: Run) -> Checkpoint:
     "Load or train the judge; measure it on held-out pairs."
     settings, device = run.settings[f"{run.study}.reward_model"], str(fix(0))
-    prompts = read_records(run.inputs["prompts/all/all/all"] / "prompts.jsonl", Prompt)
-    traces = read_records(run.inputs["traces/all/all/all"] / "traces.jsonl", Trace)
+    prompts = read_records(run.folder("prompts") / "prompts.jsonl", Prompt)
+    traces = read_records(run.folder("traces") / "traces.jsonl", Trace)
     counts, steps = {"source": settings.source}, 0
     if settings.source == "scratch":
         steps = train_judge(run, prompts, traces, device)

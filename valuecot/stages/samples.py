@@ -33,10 +33,10 @@ def summary(found: list[Rollout], thinking: bool, loss: list[float]) -> dict[str
 def run_samples(run: Run) -> list[Rollout]:
     "Sample and score completions on held-out prompts."
     arm, settings, device = run.settings[f"arm.{run.arm}"], run.settings[f"{run.study}.samples"], str(fix(run.seed))
-    asked, traces = read_traces(run.inputs["prompts/all/all/all"], run.inputs["traces/all/all/all"])
+    asked, traces = read_traces(run.folder("prompts"), run.folder("traces"))
     prompts = sorted((p for p in asked if p.split == "heldout"), key=lambda p: p.id)[: settings.prompts]
     model, tokenizer = load_model(run.policy, device)
-    judge = ScalarReward(run.inputs["reward_model/all/all/all"] / "model", device)
+    judge = ScalarReward(run.folder("reward_model") / "model", device)
     found = rollouts(model, tokenizer, prompts, arm.thinking, judge, run.settings[f"{run.study}.grpo"].max_completion_length, settings.temperature, settings.batch_size, run.seed)
     written = {t.prompt_id: t for t in traces if t.style == arm.target}
     loss = losses(model, [encode(tokenizer, p, written[p.id], arm.thinking, arm.part) for p in prompts if p.id in written])

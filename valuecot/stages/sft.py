@@ -12,30 +12,30 @@ from ..data.splits import share
 from ..flow.plan import Stage
 from ..flow.run import finish
 from ..teacher.asked import read_traces
-from ..teacher.styles import STYLES
+from ..teacher.styles import ASKED
 from ..training.checkpoints import save_history, stored_parameters, training_key, workplace
 from ..training.launch import Work, train
 from ..training.models import conversation, fix
 from ..types import Arm, Checkpoint, Prompt, Run, Trace
 
-# %% ../../nbs/stages/20_sft.ipynb #f1d6311d
-stage = Stage("sft", levels=("model", "arm", "seed"), reads=("{study}.sft", "arm.{arm}", "machine"), inputs=("prompts", "traces", "base_model"), only="sft", same=("sft", "thinking", "fraction", "answer_weight"))
+# %% ../../nbs/stages/20_sft.ipynb #dbf31b07
+stage = Stage("sft", levels=("model", "dataset", "arm", "seed"), reads=("{study}.sft", "arm.{arm}", "machine"), inputs=("prompts", "traces", "base_model"), only="sft", same=("sft", "thinking", "fraction", "answer_weight", "view", "start"))
 
 # %% ../../nbs/stages/20_sft.ipynb #e8245017
 def sft_rows(prompts: list[Prompt], traces: list[Trace], arm: Arm) -> tuple[list[dict], int]:  # rows, prompts without a trace
-    "Training rows: each SFT prompt of the arm with its trace; a control's rule may not fit every prompt, a teacher's trace is there for all."
+    "Training rows: each SFT prompt of the arm with its trace; an explanation may be missing and a control's rule not fit; the first study's teachers wrote for all."
     written = {t.prompt_id: t for t in traces if t.style == arm.sft}
     wanted = share([p for p in prompts if p.split == "sft"], arm.fraction)
     lacking = [p.id for p in wanted if p.id not in written]
-    if lacking and (not STYLES[arm.sft].of or len(lacking) == len(wanted)):
+    if lacking and (arm.sft in ASKED or len(lacking) == len(wanted)):
         raise ValueError(f"{len(lacking)} of {len(wanted)} SFT prompts have no {arm.sft} trace, first {lacking[0]!r}")
     return [conversation(p, written[p.id], arm.thinking) for p in wanted if p.id in written], len(lacking)
 
 
 def run_sft(run: Run) -> Checkpoint:
     "Fine-tune the base model on one arm's traces."
-    arm, settings, device = run.settings[f"arm.{run.arm}"], run.settings[f"{run.study}.sft"], str(fix(run.seed))
-    prompts, traces = read_traces(run.inputs["prompts/all/all/all"], run.inputs["traces/all/all/all"])
+    arm, settings, device = run.settings[f"arm.{run.arm}"], run.settings[f"{run.study}.sft"].of(run.dataset), str(fix(run.seed))
+    prompts, traces = read_traces(run.folder("prompts"), run.folder("traces"), arm.view)
     rows, lacking = sft_rows(prompts, traces, arm)
     work = Work("sft", run.policy, run.out / "model", workplace(run), rows, asdict(settings), arm.thinking, run.seed, training_key(run), arm.answer_weight, machine=run.settings["machine"])
     steps = save_history(train(work), run.out / "history.jsonl")

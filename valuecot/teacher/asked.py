@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from ..data.views import read_prompts
 from ..providers.asking import Backend, Policy, Tally, ask_all, finished
 from ..providers.cache import Cache
 from ..providers.requests import Reply, Request
@@ -88,7 +89,7 @@ def once_more(request: Request, reads: Reads, cache: Cache) -> Request | None:
     told = None if reply else cache.failure(request)
     return replace(request, sample=request.sample + 1) if told and told.reason.startswith(EMPTY) else None
 
-# %% ../../nbs/teacher/44_asked.ipynb #98e3e0d9
+# %% ../../nbs/teacher/44_asked.ipynb #96f86da6
 def ask_twice(
     questions: list[tuple[Request, Reads]],
     backends: dict[str, Backend],  # by provider/model; none: the cache alone
@@ -206,9 +207,9 @@ def unequal(traces: list[Trace], tolerance: float) -> list[Quarantined]:
     return found
 
 
-def read_traces(prompts_folder: Path, traces_folder: Path) -> tuple[list[Prompt], list[Trace]]:
+def read_traces(prompts_folder: Path, traces_folder: Path, view: str = "") -> tuple[list[Prompt], list[Trace]]:
     "What the stages prompts and traces left, without what was put aside."
-    prompts = read_records(prompts_folder / "prompts.jsonl", Prompt)
+    prompts = read_prompts(prompts_folder, view)
     traces = [t for name in ("traces.jsonl", "controls.jsonl") for t in read_records(traces_folder / name, Trace)]
     return with_traces(prompts, traces, read_records(traces_folder / "quarantine.jsonl", Quarantined))
 

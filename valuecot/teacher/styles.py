@@ -34,7 +34,7 @@ class Style:
         blocks = (re.escape(f"{h}:" if h else "") + r"\s*(\S.*?)\s*" for h in self.headers)
         return re.compile(r"\s*" + r"\n\s*\n".join(blocks), re.DOTALL)
 
-# %% ../../nbs/teacher/40_styles.ipynb #df94fc43
+# %% ../../nbs/teacher/40_styles.ipynb #00ad7f34
 def sentences(text: str) -> list[str]:
     "Sentences of a text."
     return re.split(r"(?<=[.?!])\s+", text.strip())
@@ -82,14 +82,17 @@ def shortened(phases: tuple[str, ...], model: tuple[str, ...], rng: random.Rando
         del parts[min(range(1, len(parts) - 1), key=lambda i: abs(len(parts[i].split()) - over))]
     return (" ".join(parts),) if alike(length((" ".join(parts),)), target) else None
 
-# %% ../../nbs/teacher/40_styles.ipynb #54e54ffb
+# %% ../../nbs/teacher/40_styles.ipynb #d743c174
 TEMPERATURES = "Phase 1 (High Temp)", "Phase 2 (Cooling)", "Phase 3 (Low Temp)"
 STYLES = {
     style.name: style
     for style in (
         Style("standard", ("reason",), ("",)),
         Style("annealing", ("explore", "cool", "converge"), TEMPERATURES),
+        Style("answer", (), (), study="steerable"),
+        Style("human", ("reason",), ("",), study="steerable"),
         Style("synthetic", ("reason",), ("",), study="steerable"),
+        Style("practice", ("reason",), ("",), study="steerable"),
         Style("reversed", ("converge", "cool", "explore"), ("Phase 1 (Low Temp)", "Phase 2 (Cooling)", "Phase 3 (High Temp)"), ("annealing",), lambda a, rng: a[::-1], "does the direction matter?"),
         Style("shuffled", ("any", "any", "any"), TEMPERATURES, ("annealing",), mixed, "must a phase hold what its header says?"),
         Style("neutral", ("explore", "cool", "converge"), ("Section 1", "Section 2", "Section 3"), ("annealing",), lambda a, rng: a, "do the words about temperature matter?"),

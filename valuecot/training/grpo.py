@@ -24,8 +24,9 @@ from .judge import ScalarReward, check_rewards, visible
 from .models import opens_thinking, render, template_options
 
 # %% auto #0
-__all__ = ['Reward', 'IDLE', 'texts_of', 'judge_reward', 'letter_reward', 'format_reward', 'Watched', 'kept_completions',
-           'StopWhenIdle', 'fitting', 'check_prompts', 'Order', 'Trainer', 'grpo_trainer', 'train_grpo']
+__all__ = ['Reward', 'IDLE', 'texts_of', 'judge_reward', 'letter_reward', 'any_letter_reward', 'format_reward', 'Watched',
+           'kept_completions', 'StopWhenIdle', 'fitting', 'check_prompts', 'Order', 'Trainer', 'grpo_trainer',
+           'train_grpo']
 
 # %% ../../nbs/training/54_grpo.ipynb #81da675a
 Reward = Callable[..., list[float | None]]
@@ -60,6 +61,15 @@ def letter_reward(strict: bool = False) -> Reward:
             if log_metric and scored:
                 log_metric(f"answer_{name}", sum(scored) / len(scored))
         return right["strict" if strict else "lenient"]
+
+    return reward
+
+
+def any_letter_reward() -> Reward:
+    "1 for any letter that can be read: what learning the form alone gives."
+
+    def reward(prompts, completions, **columns) -> list[float]:
+        return [float(parse_answer(text) is not None) for text in texts_of(completions)]
 
     return reward
 

@@ -20,7 +20,7 @@ from ..settings import GRPO, SFT, Machine
 from ..store import read_json, write_json
 from .arguments import accumulation, completions_per_update
 from .checkpoints import fit
-from .grpo import Reward, format_reward, grpo_trainer, judge_reward, letter_reward
+from .grpo import Reward, any_letter_reward, format_reward, grpo_trainer, judge_reward, letter_reward
 from .judge import ScalarReward
 from .models import check_weights, fix, load_model, opens_thinking, save_model
 from .sft import sft_trainer
@@ -44,7 +44,7 @@ class Work(Shown):
     seed: int
     key: str  # whose checkpoints it may go on from
     answer_weight: float = 1.0
-    reward: Literal["judge", "format", "letter", "strict letter"] = "judge"
+    reward: Literal["judge", "format", "letter", "strict letter", "any letter"] = "judge"
     judge: Path | None = None
     scope: Literal["response", "full"] = "response"
     machine: Machine = field(default_factory=Machine)
@@ -61,6 +61,8 @@ def reward_of(work: Work, tokenizer, device: str) -> Reward:
     "The reward that a work names."
     if work.reward == "format":
         return format_reward(opens_thinking(tokenizer, work.thinking))
+    if work.reward == "any letter":
+        return any_letter_reward()
     if work.reward != "judge":
         return letter_reward(strict=work.reward == "strict letter")
     return judge_reward(ScalarReward(work.judge, device), work.scope, opens_thinking(tokenizer, work.thinking))

@@ -17,8 +17,8 @@ from .arguments import QUIET, fixed, on_one_card, place, sft_config
 from .checkpoints import Guarded, fit, saving
 
 # %% auto #0
-__all__ = ['LONGEST', 'check_rows', 'response_mask', 'Trainer', 'shifted', 'left_padded_row', 'sft_trainer', 'train_sft',
-           'pretrain']
+__all__ = ['LONGEST', 'check_rows', 'response_mask', 'answer_at', 'Trainer', 'shifted', 'left_padded_row', 'sft_trainer',
+           'train_sft', 'pretrain']
 
 # %% ../../nbs/training/51_sft.ipynb #ef40a1a3
 def check_rows(rows: list[dict], tokenizer, longest: int) -> list[int]:  # tokens per row
@@ -37,17 +37,23 @@ def check_rows(rows: list[dict], tokenizer, longest: int) -> list[int]:  # token
 
 # %% ../../nbs/training/51_sft.ipynb #77e094d6
 def response_mask(labels: torch.Tensor, tokenizer) -> torch.Tensor:  # (B, T) bool
-    "Trained tokens behind the last `</think>`; all of them where there is none."
+    "Trained tokens of the answer: behind the last `</think>`, or from the last `Answer:` on; all of them where there is neither."
     mask = labels != -100
     for row, trained in zip(labels, mask, strict=True):
         places = trained.nonzero()[:, 0]
-        words = tokenizer.convert_ids_to_tokens(row[places].tolist())
-        text = "".join(words)
-        border, seen = text.rfind("</think>") + len("</think>") if "</think>" in text else 0, 0
-        for i, word in zip(places.tolist(), words, strict=True):
-            seen += len(word)
+        texts = [tokenizer.decode(token) for token in row[places].tolist()]
+        border, seen = answer_at("".join(texts)), 0
+        for i, text in zip(places.tolist(), texts, strict=True):
+            seen += len(text)
             trained[i] = seen > border
     return mask
+
+
+def answer_at(text: str) -> int:
+    "Where the answer of a completion begins."
+    if "</think>" in text:
+        return text.rfind("</think>") + len("</think>")
+    return max(text.rfind("Answer:"), 0)
 
 
 class Trainer(Guarded, SFTTrainer):
