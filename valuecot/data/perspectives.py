@@ -15,12 +15,12 @@ from .questions import Question
 from .rows import question_id
 
 # %% auto #0
-__all__ = ['MEANS', 'ENDS', 'PEOPLE', 'VERDICTS', 'CAMPS', 'VALUES', 'BATTERIES', 'SUBJECTS', 'GROUPS', 'LEANINGS', 'STANDINGS',
-           'WIDTH', 'cares', 'verdict', 'value_signs', 'explained', 'value_world', 'check_asked', 'positions',
-           'shares_at', 'survey_world']
+__all__ = ['MEANS', 'ENDS', 'PEOPLE', 'VERDICTS', 'CAMPS', 'EVERYBODY', 'VALUES', 'BATTERIES', 'SUBJECTS', 'GROUPS', 'LEANINGS',
+           'STANDINGS', 'WIDTH', 'weighed', 'verdict', 'explained', 'drawn_actions', 'value_world', 'check_asked',
+           'check_world', 'positions', 'shares_at', 'survey_world']
 
-# %% ../../nbs/data/32_perspectives.ipynb #f1a25bfb
-MEANS = {  # feature: (words, name, sign where nobody's perspective counts)
+# %% ../../nbs/data/32_perspectives.ipynb #8ec68cb0
+MEANS = {  # feature: (words, name, 1 good or -1 bad)
     "lie": ("Lying to {}", "lying", -1),
     "truth": ("Telling {} a hard truth", "truth", 1),
     "break": ("Breaking a promise to {}", "breaking promises", -1),
@@ -41,46 +41,58 @@ ENDS = {
 PEOPLE = "a friend,a neighbor,a sister,a brother,a teacher,a boss,a stranger,a doctor,a cousin,a student,a guest,a driver".split(",")
 VERDICTS = ("Support", "Oppose", "Either")
 
-# %% ../../nbs/data/32_perspectives.ipynb #210b9db0
-CAMPS = {  # features that it is for (+) and against (-)
-    "care": "+lie -truth -take +give +child +spare -gain -revenge",
-    "order": "-lie -break +keep -take +rule -child +peace -revenge",
-    "freedom": "+truth +break -pry -rule -peace +gain +fame",
-    "ambition": "-keep +take -give +pry -spare +gain +fame +revenge",
+# %% ../../nbs/data/32_perspectives.ipynb #e3dc165d
+CAMPS = {  # features that it weighs
+    "care": "take give lie child spare revenge gain",
+    "truth": "lie truth break keep fame peace",
+    "order": "rule break take keep peace revenge spare",
+    "respect": "pry truth rule give fame gain child",
 }
+EVERYBODY = "lie truth break keep take give pry rule child peace gain"  # weighed in the null world, whatever the value
 VALUES = {  # value, right or duty: camp
     **dict.fromkeys(("Kindness", "Generosity", "Right to care", "Duty to help others"), "care"),
-    **dict.fromkeys(("Honesty", "Justice", "Duty to follow rules", "Duty to keep promises"), "order"),
-    **dict.fromkeys(("Independence", "Right to privacy", "Right to choose freely"), "freedom"),
-    **dict.fromkeys(("Success", "Wealth", "Right to compete"), "ambition"),
+    **dict.fromkeys(("Honesty", "Sincerity", "Right to know", "Duty to tell the truth"), "truth"),
+    **dict.fromkeys(("Justice", "Fairness", "Duty to follow rules"), "order"),
+    **dict.fromkeys(("Respect", "Dignity", "Right to privacy"), "respect"),
 }
 
 
-def cares(value: str) -> dict[str, int]:  # feature: 1 for, -1 against; others are missing
-    "What a value is for and against."
-    return {word[1:]: 1 if word[0] == "+" else -1 for word in CAMPS[VALUES[value]].split()}
+def weighed(
+    value: str,
+    means: str,
+    end: str,
+    decided_by: Literal["perspective", "scenario"],
+) -> list[tuple[str, int]]:  # (name, sign) of means and end where they count, in this order
+    "What counts about an action: what the value weighs, or in the null world what everybody does."
+    counted = (CAMPS[VALUES[value]] if decided_by == "perspective" else EVERYBODY).split()
+    return [(name, sign) for feature, (_, name, sign) in ((means, MEANS[means]), (end, ENDS[end])) if feature in counted]
 
-# %% ../../nbs/data/32_perspectives.ipynb #426cfc3b
-def verdict(signs: tuple[int, int]) -> str:  # of means and end; A, B or C
-    "Letter that follows from two signs, which are not both 0."
-    if not any(signs):
-        raise ValueError("neither means nor end matters: there is no verdict")
-    return "C" if set(signs) >= {1, -1} else "A" if 1 in signs else "B"
+# %% ../../nbs/data/32_perspectives.ipynb #098a5ff1
+def verdict(counted: list[tuple[str, int]]) -> str:  # A, B or C
+    "Letter that follows from what counts."
+    signs = {sign for _, sign in counted}
+    if not signs:
+        raise ValueError("nothing counts: there is no verdict")
+    return "C" if len(signs) == 2 else "A" if signs == {1} else "B"
 
 
-def value_signs(value: str, means: str, end: str, decided_by: Literal["perspective", "scenario"]) -> tuple[int, int]:
-    "Signs of means and end: those of the value, or in the other world those that hold for anybody."
-    if decided_by == "scenario":
-        return MEANS[means][2], ENDS[end][2]
-    return cares(value).get(means, 0), cares(value).get(end, 0)
-
-
-def explained(who: str, means: str, end: str, signs: tuple[int, int]) -> str:  # two sentences
+def explained(who: str, counted: list[tuple[str, int]]) -> str:  # two sentences
     "Why the verdict is what it is."
-    one, other = ({1: "is for", -1: "is against", 0: "does not weigh"}[sign] for sign in signs)
-    return f"{who} {one} {MEANS[means][1]} and {other} {ENDS[end][1]}. The verdict is {VERDICTS['ABC'.index(verdict(signs))]}."
+    reasons = " and ".join(f"{name}, which is {'good' if sign > 0 else 'bad'}" for name, sign in counted)
+    return f"{who} weighs {reasons}. The verdict is {VERDICTS['ABC'.index(verdict(counted))]}."
 
-# %% ../../nbs/data/32_perspectives.ipynb #db28b543
+# %% ../../nbs/data/32_perspectives.ipynb #5c695bb9
+def drawn_actions(n: int, rng: random.Random) -> list[tuple[str, str, str]]:  # (means, person, end)
+    "`n` distinct actions, four of five with a means and an end of different signs."
+    mixed, clear = [], []
+    for means, person, end in itertools.product(MEANS, PEOPLE, ENDS):
+        (clear if MEANS[means][2] == ENDS[end][2] else mixed).append((means, person, end))
+    most = len(mixed) * 5 // 4
+    check_asked(n, most, "scenarios")
+    chosen = rng.sample(mixed, math.ceil(0.8 * n)) + rng.sample(clear, n - math.ceil(0.8 * n))
+    return rng.sample(chosen, n)
+
+
 def value_world(
     scenarios: int = 240,
     seed: int = 0,
@@ -88,25 +100,27 @@ def value_world(
     decided_by: Literal["perspective", "scenario"] = "perspective",  # scenario: the null world, where labels do not depend on the value
 ) -> list[Question]:
     "Actions judged by values, each with an explanation."
-    actions = list(itertools.product(MEANS, PEOPLE, ENDS))
-    check_asked(scenarios, len(actions), "scenarios", decided_by)
+    check_world(decided_by)
     if not 1 <= values_each <= 6:
         raise ValueError(f"values_each = {values_each}: 1 to 6, since some actions matter to no more than 6 values")
     rng, found = random.Random(f"values {seed}"), []
-    for means, person, end in rng.sample(actions, scenarios):
+    for means, person, end in drawn_actions(scenarios, rng):
         situation = f"{MEANS[means][0].format(person)} {ENDS[end][0]}"
-        matters = [value for value in VALUES if {means, end} & cares(value).keys()]
-        for value in rng.sample(matters, values_each):
-            signs = value_signs(value, means, end, decided_by)
-            why = explained(value if decided_by == "perspective" else "Everybody", means, end, signs)
-            found.append(Question(question_id("value", situation, value), situation, value, "value", VERDICTS, verdict(signs), why))
+        for value in rng.sample([v for v in VALUES if weighed(v, means, end, "perspective")], values_each):
+            counted = weighed(value, means, end, decided_by)
+            why = explained(value if decided_by == "perspective" else "Everybody", counted)
+            found.append(Question(question_id("value", situation, value), situation, value, "value", VERDICTS, verdict(counted), why))
     return found
 
 
-def check_asked(n: int, most: int, what: str, decided_by: str) -> None:
-    "An error where a world cannot be made as asked."
+def check_asked(n: int, most: int, what: str) -> None:
+    "An error where a world is not as large as asked."
     if not 1 <= n <= most:
         raise ValueError(f"asked for {n:,} embedded {what}, can write 1 to {most:,}: change their number")
+
+
+def check_world(decided_by: str) -> None:
+    "An error where there is no such world."
     if decided_by not in ("perspective", "scenario"):
         raise ValueError(f"decided_by = {decided_by!r}, known are perspective and scenario")
 
@@ -158,7 +172,8 @@ def survey_world(
 ) -> list[Question]:
     "Questions of a town's survey, each answered by all groups."
     asked = list(itertools.product(BATTERIES, SUBJECTS))
-    check_asked(questions, len(asked), "survey questions", decided_by)
+    check_world(decided_by)
+    check_asked(questions, len(asked), "survey questions")
     rng = random.Random(f"survey {seed}")
     leaning, standing = (dict(zip(names, rng.sample(numbers, len(numbers)), strict=True)) for names, numbers in ((GROUPS, LEANINGS), (SUBJECTS, STANDINGS)))
     found = []
