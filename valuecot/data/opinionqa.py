@@ -9,7 +9,7 @@ import ast
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Literal, NamedTuple
@@ -127,13 +127,13 @@ def survey_question(asked: Asked) -> Question | str:  # a reason that begins wit
 
 # %% ../../nbs/data/31_opinionqa.ipynb #f30e9948
 def survey_questions(
-    rows: Iterable[Asked | str],  # a row that could not be read is its reason
+    rows: Sequence[Asked | str],  # a row that could not be read is its reason
     where: str,  # for messages
     damaged: Literal["keep", "drop"] = "keep",  # rows whose options lost their shares
 ) -> tuple[list[Question], dict[str, int]]:
     "Questions of rows, and what became of the other rows."
-    counts, remarks, found, n = Counter(), defaultdict(set), [], 0
-    for n, row in enumerate(rows, 1):
+    counts, remarks, found = Counter(), defaultdict(set), []
+    for row in rows:
         q = row if isinstance(row, str) else survey_question(row)
         if not isinstance(q, str) and damaged == "drop" and shares_lost(row):
             q = "dropped: share of a damaged option lost"
@@ -148,7 +148,7 @@ def survey_questions(
     there = {q.id for q in questions}
     counts |= {f"kept: {name}": len(ids & there) for name, ids in remarks.items()}
     counts["kept: tie for the largest share, first taken"] = sum(q.margin == 0 for q in questions)
-    return questions, accounted(n, questions, counts, where)
+    return questions, accounted(len(rows), questions, counts, where)
 
 # %% ../../nbs/data/31_opinionqa.ipynb #2866598b
 FORMS = {  # columns that a form needs, and its reader

@@ -5,12 +5,14 @@
 # %% ../../nbs/data/35_question_sources.ipynb #efb64023
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
 from . import opinionqa, value_kaleidoscope
 from .perspectives import survey_world, value_world
 from .questions import Question
+from .rows import accounted
 from ..settings import nearest, root
 
 # %% auto #0
@@ -35,8 +37,8 @@ def embedded_questions(
     "Questions of the world that comes with the project."
     world = value_world if benchmark == "value_kaleidoscope" else survey_world
     questions = world(seed=seed, decided_by=decided_by) if size == 0 else world(size, seed, decided_by=decided_by)
-    ties = {"kept: tie for the largest share, first taken": n for n in [sum(q.margin == 0 for q in questions)] if n}
-    return questions, {"rows": len(questions), **ties, "questions": len(questions)}
+    counts = Counter({"kept: tie for the largest share, first taken": sum(q.margin == 0 for q in questions)})
+    return questions, accounted(len(questions), questions, counts, "the embedded world")
 
 
 def questions_of(
