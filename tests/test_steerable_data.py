@@ -262,7 +262,10 @@ def test_real_opinionqa_has_the_counts_that_were_published():
         "rows": 3526, "dropped: one option": 16, "dropped: pair repeated": 1, "dropped: pair stated again later, with another answer": 1,
         "kept: share of a damaged option lost": 287, "kept: stray quotation marks taken off": 95, "kept: tie for the largest share, first taken": 44, "questions": 3508,
     }  # fmt: skip
-    bare = lambda options: tuple(o.strip("'\" ") for o in options)
+
+    def bare(options):
+        return tuple(o.strip("'\" ") for o in options)
+
     asked = {(r["question"][10:].partition("\nOptions:")[0].strip(), r["attribute"].replace("_", ": ", 1), bare(r["options"])) for r in rows if len(r["options"]) > 1}
     assert {(q.scenario, q.perspective, bare(q.options)) for q in questions} == asked, "every option as its own column has it"
     kept = [q for q in questions if q.perspective == "RELIG: Jewish" and "unwanted sexual advances" in q.scenario]
