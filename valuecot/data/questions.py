@@ -5,7 +5,8 @@
 # %% ../../nbs/data/24_questions.ipynb #bea9ccc7
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
@@ -14,7 +15,7 @@ from typing import Literal
 from ..types import Shown
 
 # %% auto #0
-__all__ = ['Question', 'check_questions']
+__all__ = ['Question', 'check_shares', 'check_questions', 'blind_ceiling']
 
 # %% ../../nbs/data/24_questions.ipynb #c2990c96
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Question(Shown):
     options: tuple[str, ...]
     gold: str  # letter
     explanation: str = ""  # why gold is right, machine-written; "" where there is none
+    shares: tuple[float, ...] = ()  # of a survey's answers, by option; () where nobody was counted
+    split: Literal["", "train", "validation", "test"] = ""  # "" before the split
 
     def __post_init__(self):
         blank = [name for name in ("id", "scenario", "perspective") if not getattr(self, name).strip()]
@@ -39,6 +42,9 @@ class Question(Shown):
             raise ValueError(f"question {self.id!r} has {len(self.options)} options: a choice needs 2, and letters reach to {len(ascii_uppercase)}")
         if self.gold not in tuple(self.letters):
             raise ValueError(f"question {self.id!r}: gold = {self.gold!r} is none of its options {', '.join(self.letters)}")
+        if self.split not in ("", "train", "validation", "test"):
+            raise ValueError(f"question {self.id!r}: split = {self.split!r}, known are train, validation and test")
+        check_shares(self)
 
     @property
     def letters(self) -> str:  # "ABC"
@@ -54,6 +60,27 @@ class Question(Shown):
         "Letter and text."
         return f"{self.gold}. {self.options[self.letters.index(self.gold)]}"
 
+    @property
+    def cluster(self) -> str:
+        "What rows share that ask the same thing of different perspectives; case and outer blanks ignored."
+        parts = (self.scenario,) if self.kind == "value" else (self.scenario, *sorted(self.options))  # sorted: options in another order ask the same
+        return "\n".join(part.strip() for part in parts).casefold()
+
+    @property
+    def margin(self) -> float:
+        "Largest share less the next one: 0 is a tie; nan where there are no shares."
+        first, second = sorted(self.shares, reverse=True)[:2] or (math.nan, math.nan)
+        return first - second
+
+
+def check_shares(question: Question) -> None:
+    "An error unless the shares are none, or one for each option that sum to 1."
+    shares, options = question.shares, question.options
+    if shares and len(shares) != len(options):
+        raise ValueError(f"question {question.id!r}: {len(shares)} shares for {len(options)} options: one for each, or none")
+    if shares and not (all(math.isfinite(s) and s >= 0 for s in shares) and abs(sum(shares) - 1) <= 1e-3):
+        raise ValueError(f"question {question.id!r}: shares {shares} must not be negative, and must sum to 1 within 0.001")
+
 
 def check_questions(questions: Sequence[Question]) -> None:
     "An error unless there are questions, each with an id of its own."
@@ -61,3 +88,12 @@ def check_questions(questions: Sequence[Question]) -> None:
         raise ValueError("no questions")
     if twice := [i for i, n in Counter(q.id for q in questions).items() if n > 1]:
         raise ValueError(f"{len(twice)} ids stand for several questions: {', '.join(twice[:3])}")
+
+# %% ../../nbs/data/24_questions.ipynb #1767f6ef
+def blind_ceiling(questions: Sequence[Question]) -> float:  # accuracy, 0 to 1
+    "Best accuracy of an answer that depends on the cluster alone: the option that is most often gold in each."
+    check_questions(questions)
+    golds: dict[str, Counter] = defaultdict(Counter)
+    for q in questions:
+        golds[q.cluster][q.options[q.letters.index(q.gold)].strip().casefold()] += 1  # the text: two rows may list their options in another order
+    return sum(max(found.values()) for found in golds.values()) / len(questions)
