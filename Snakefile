@@ -22,8 +22,8 @@ CALL = f"{sys.executable} -m valuecot.flow.run {PROFILE} {{params.job}} {shlex.q
 
 
 def job(stage, wildcards):
-    levels = [getattr(wildcards, level, "all") for level in ("model", "arm", "seed")]
-    return Job(wildcards.study, stage, *levels)
+    levels = [getattr(wildcards, level, "all") for level in ("model", "arm", "seed")]  # model: with its data set
+    return Job.read("/".join([wildcards.study, stage, *levels]))
 
 
 def made(stage):
@@ -179,6 +179,16 @@ rule landscape:
     output: made("landscape")
     params: job=path_of("landscape")
     log: log_of("landscape")
+    resources: gpu=CARDS
+    shell: CALL
+
+
+# ---- steerable
+rule answers:
+    input: needs("answers")
+    output: made("answers")
+    params: job=path_of("answers")
+    log: log_of("answers")
     resources: gpu=CARDS
     shell: CALL
 

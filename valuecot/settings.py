@@ -337,6 +337,9 @@ class Sampling:
     top_p: float
     top_k: int
     judge_temperature: float
+    samples: int  # of each row
+    batch_size: int
+    max_completion_length: int
 
 # %% ../nbs/01_settings.ipynb #64085721-8
 @dataclass(frozen=True)

@@ -5,24 +5,31 @@
 # %% ../../nbs/training/55_sampling.ipynb #4727c07b
 from __future__ import annotations
 
-import torch
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
 
+import torch
+from tqdm import tqdm
+
+from ..store import digest
 from ..text import split_reasoning, well_formed
 from .judge import ScalarReward
 from .models import opens_thinking, render
-from ..types import Prompt, Rollout
+from ..types import Prompt, Rollout, Shown
 
 # %% auto #0
-__all__ = ['complete', 'rollouts', 'losses']
+__all__ = ['complete', 'rollouts', 'losses', 'Drawing', 'written_rows', 'append_rows', 'ends_a_line', 'draw_all']
 
 # %% ../../nbs/training/55_sampling.ipynb #854161e0
 @torch.inference_mode()
-def complete(model, tokenizer, texts: list[str], longest: int, temperature: float, batch_size: int, seed: int) -> list[tuple[str, int, bool]]:  # completion, tokens, truncated
+def complete(model, tokenizer, texts: list[str], longest: int, temperature: float, batch_size: int, seed: int, top_p: float = 1.0, top_k: int = 0) -> list[tuple[str, int, bool]]:  # completion, tokens, truncated
     "Sample one continuation of each rendered prompt; temperature 0 takes the likeliest token."
     torch.manual_seed(seed)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     found: dict[int, tuple[str, int, bool]] = {}
-    choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    choice = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature else {"do_sample": False}
     for i in range(0, len(order), batch_size):
         chosen = order[i : i + batch_size]
         batch = tokenizer([texts[j] for j in chosen], return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(model.device)
@@ -46,7 +53,7 @@ def rollouts(model, tokenizer, prompts: list[Prompt], thinking: bool, judge: Sca
     rows = zip(prompts, written, parts, seen, full, strict=True)
     return [Rollout(p.id, text, *part, a, b, tokens, cut, well_formed(text, opened=opened)) for p, (text, tokens, cut), part, a, b in rows]
 
-# %% ../../nbs/training/55_sampling.ipynb #9c053fa0
+# %% ../../nbs/training/55_sampling.ipynb #854161e0-2
 @torch.inference_mode()
 def losses(model, examples: list[dict[str, torch.Tensor]]) -> list[float]:  # nats per scored token, one for each example
     "Cross-entropy of each example's scored tokens."
@@ -56,3 +63,67 @@ def losses(model, examples: list[dict[str, torch.Tensor]]) -> list[float]:  # na
         logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
         found.append(float(torch.nn.functional.cross_entropy(logits[labels != -100].float(), labels[labels != -100])))
     return found
+
+# %% ../../nbs/training/55_sampling.ipynb #ec51cde8
+@dataclass(frozen=True)
+class Drawing(Shown):
+    "How completions are drawn."
+
+    temperature: float  # 0: the likeliest token, and then one sample says all
+    top_p: float
+    top_k: int  # 0: all tokens
+    longest: int  # new tokens
+    samples: int  # of each prompt
+    batch_size: int
+    seed: int
+
+
+def written_rows(file: Path) -> dict[tuple[str, int], dict]:  # (id, sample) -> row
+    "Rows that are whole on disk."
+    found = {}
+    for line in file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # where a kill cut it off, and the next run went on behind it
+            continue
+        found[row["id"], row["sample"]] = row
+    return found
+
+
+def append_rows(file: Path, rows: list[dict]) -> None:
+    "Write rows behind those that are there, and wait until they are on disk."
+    with open(file, "a", encoding="utf-8") as out:
+        out.write("\n" if out.tell() and not ends_a_line(file) else "")
+        out.writelines(json.dumps(row) + "\n" for row in rows)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def ends_a_line(file: Path) -> bool:
+    "Whether the last byte is a line's end."
+    with open(file, "rb") as there:
+        there.seek(-1, os.SEEK_END)
+        return there.read(1) == b"\n"
+
+
+def draw_all(
+    model,
+    tokenizer,
+    texts: dict[str, str],  # id -> rendered prompt
+    drawing: Drawing,
+    file: Path,  # completions, added as they come
+    progress: bool = False,
+) -> list[dict]:  # id, sample, completion, tokens, truncated; by prompt, then sample
+    "Completions of all prompts, from where an earlier run of the same prompts stopped."
+    wanted = sorted(((i, k) for i in texts for k in range(drawing.samples)), key=lambda row: (len(texts[row[0]]), row))
+    batches = [wanted[i : i + drawing.batch_size] for i in range(0, len(wanted), drawing.batch_size)]
+    there = written_rows(file)
+    for number, batch in enumerate(tqdm(batches, disable=not progress, desc="completions")):
+        if all(row in there for row in batch):
+            continue
+        seed = int(digest([drawing.seed, number]), 16) % 2**31
+        found = complete(model, tokenizer, [texts[i] for i, _ in batch], drawing.longest, drawing.temperature, drawing.batch_size, seed, drawing.top_p, drawing.top_k)
+        rows = [{"id": i, "sample": k, "completion": text, "tokens": n, "truncated": cut} for (i, k), (text, n, cut) in zip(batch, found, strict=True)]
+        append_rows(file, rows)
+        there |= {(row["id"], row["sample"]): row for row in rows}
+    return [there[i, k] for i in texts for k in range(drawing.samples)]
