@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -36,7 +37,7 @@ from valuecot.providers.wire import WIRES, read_reply
 from valuecot.teacher.asked import Desk, Quarantined, by_reason, collect, outcome, wanted, with_traces
 from valuecot.teacher.audit import audit
 from valuecot.teacher.rules import write_trace
-from valuecot.teacher.schemas import StandardReply
+from valuecot.teacher.schemas import AnnealingReply, StandardReply
 from valuecot.types import Prompt
 
 HERE = Path(__file__).parent
@@ -510,6 +511,20 @@ def test_what_is_all_there_is_read(text):
     assert read(Reply(text, "m", 1, 1, "stop"), Choice) == Choice(**json.loads(WHOLE))
 
 
+COT = {"values": {"value_1": "duty", "value_2": "mercy"}, "response": {"cot": "He 'promised it', and that counts, {really}.", "final_response": "Keep it."}}
+PHASED = {"values": COT["values"], "annealing_cot": dict.fromkeys(("phase_1_high_temp", "phase_2_cooling", "phase_3_low_temp"), "So, [on]."), "final_model_response": "Keep it."}
+
+
+@pytest.mark.parametrize("kind, whole", [(StandardReply, COT), (AnnealingReply, PHASED)])
+@pytest.mark.parametrize("slip", [
+    lambda text: text, lambda text: text[:-1] + ",}", lambda text: text.replace('"}', '",}'), lambda text: text.replace("}, ", ",}, "), lambda text: re.sub('"([^"]*)"', "“\\1”", text),
+    lambda text: re.sub('"([^"]*)"', "“\\1”", text.replace("}}", "},}")),
+])  # fmt: skip
+def test_an_object_in_an_object_is_read_as_a_whole_with_its_slips(kind, whole, slip):
+    "The inner one can be read as it stands, and is not what was asked for."
+    assert read(Reply(f"Here:\n{slip(json.dumps(whole))}", "m", 1, 1, "stop"), kind) == kind(**whole)
+
+
 def test_curly_quotes_and_line_breaks_are_read():
     assert read(Reply("{“value”: “duty”, “why”: “it was\npromised”,}", "m", 1, 1, "stop"), Choice).why == "it was\npromised"
     assert read(Reply('{"value": "duty", "why": "she said “go”, and “stay”"}', "m", 1, 1, "stop"), Choice).why == "she said “go”, and “stay”"
@@ -543,9 +558,10 @@ def traced(n: int, root: str, cache: Cache, policy: Policy = QUICK, connections:
 
 
 def test_every_prompt_ends_as_a_trace_or_a_reason(cache):
-    with server(malformed=0.25) as (root, told):
+    with server(malformed=0.25, slipped=0.2) as (root, told):
         traces, aside, tally = traced(60, root, cache)
         counts = told()["counts"]
+    assert counts["slipped"] > 10
     assert len(traces) + len(aside) == 120 and len({(t.prompt_id, t.style) for t in traces} | {(q.prompt_id, q.style) for q in aside}) == 120
     assert 0 < len(aside) < 25 and counts["requests"] == 120 + counts["malformed"] - len(aside)  # each that did not fit was asked once more
     assert all(q.reason and q.text for q in aside) and sum(row["count"] for row in by_reason(aside)) == len(aside)

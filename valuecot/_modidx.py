@@ -1021,6 +1021,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'valuecot/providers/structured.py'),
                                                'valuecot.providers.structured.read': ( 'providers/structured.html#read',
                                                                                        'valuecot/providers/structured.py'),
+                                               'valuecot.providers.structured.spans': ( 'providers/structured.html#spans',
+                                                                                        'valuecot/providers/structured.py'),
                                                'valuecot.providers.structured.wrong': ( 'providers/structured.html#wrong',
                                                                                         'valuecot/providers/structured.py')},
             'valuecot.providers.wire': { 'valuecot.providers.wire.Wire': ('providers/wire.html#wire', 'valuecot/providers/wire.py'),
