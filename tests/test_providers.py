@@ -228,7 +228,16 @@ def test_a_server_that_is_not_there(cache):
         tally = ask(questions(2), f"http://127.0.0.1:{closed.getsockname()[1]}", cache, Policy(tries=2, first_wait=0.01))
         port = closed.getsockname()[1]
     assert [f.reason for f in tally.failures] == [f"connection (ClientConnectorError): does a server run at http://127.0.0.1:{port}/v1/chat/completions?"] * 2
-    assert cache.ledger()[0]["failures"] == {"connection": 4}
+    assert cache.ledger()[0]["failures"] == {"connection": 4} and cache.spent == 0  # nobody was reached, so nobody can charge
+
+
+def test_a_server_that_does_not_take_the_call_costs_nothing(cache):
+    "Its queue of connections is full: the handshake never ends."
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.create_connection(full.getsockname()), socket.socket() as second:
+        second.setblocking(False)
+        second.connect_ex(full.getsockname())
+        tally = ask(questions(2), f"http://127.0.0.1:{full.getsockname()[1]}", cache, Policy(tries=1), timeout=0.8)
+    assert [f.reason for f in tally.failures] == ["timeout"] * 2 and cache.spent == 0
 
 
 def test_an_address_that_holds_nothing_is_named_without_its_secrets(cache, monkeypatch):

@@ -64,7 +64,7 @@ class Live:
         timeout: float = 120.0,  # seconds for one try
     ):
         self.wire, self.provider, self.price, self.base_url, self.connections = WIRES[provider], provider, price, base_url, connections
-        self.patience = aiohttp.ClientTimeout(total=timeout)
+        self.patience = aiohttp.ClientTimeout(total=timeout, sock_connect=timeout / 4)
         self.key = os.environ.get(self.wire.key, "") if self.wire.key else os.environ.get("SERVER_API_KEY", "")
         if self.wire.key and not self.key:
             raise ValueError(f"no key for {provider}: set {self.wire.key} in the environment; what is in the cache needs none")
@@ -91,12 +91,12 @@ class Live:
                 if answer.status != 200:
                     raise self.refused(answer.status, answer.headers.get("retry-after"), text, url)
                 return text
-        except TimeoutError:
-            raise Failed("timeout", again=True, billed=True) from None
+        except TimeoutError as error:  # one that was never reached cannot charge
+            raise Failed("timeout", again=True, billed=not isinstance(error, aiohttp.ConnectionTimeoutError)) from None
         except UnicodeDecodeError:
             raise Failed("malformed answer (no text)", again=True, billed=True) from None
         except aiohttp.ClientError as error:
-            raise Failed(f"connection ({type(error).__name__}): does a server run at {self.shown(url)}?", again=True, billed=True) from None
+            raise Failed(f"connection ({type(error).__name__}): does a server run at {self.shown(url)}?", again=True, billed=not isinstance(error, aiohttp.ClientConnectorError)) from None
 
     def shown(self, url: str) -> str:
         "An address without anything that opens a door."
