@@ -31,7 +31,7 @@ from valuecot.data.world import generate
 from valuecot.providers.asking import Live, Policy, ask_all, seconds
 from valuecot.providers.cache import Cache, Writer, export_replies, import_replies
 from valuecot.providers.prices import Price, usd
-from valuecot.providers.requests import Failed, Reply, Request, as_request, canonical
+from valuecot.providers.requests import Failed, Failure, Reply, Request, as_request, canonical
 from valuecot.providers.structured import Malformed, read
 from valuecot.providers.wire import WIRES, read_reply
 from valuecot.teacher.asked import Desk, Quarantined, by_reason, collect, outcome, wanted, with_traces
@@ -829,6 +829,42 @@ def test_a_key_or_folder_that_will_be_missing_is_told_before_a_study_begins(bill
             job = cache.keep(want.request, Reply("fine", "m", 1, 1, "stop"), "live")
         job.result()
     assert billed("check", "gpt-5-nano") == (0, "")  # all replies are here: a replay needs no key
+
+
+def test_a_reply_that_was_refused_and_paid_for_is_no_question_left(billed):
+    "The stage puts it aside and asks nobody again; what was refused for free is asked again, where somebody can be."
+    from valuecot.settings import load
+    from valuecot.teacher.bill import planned_prompts
+    from valuecot.teacher.desks import estimate, questions, replies_path, teachers_of
+
+    settings = load("tiny", FEW + "gpt-5-nano")
+    wants, models = questions(settings, planned_prompts(settings)[0]), teachers_of(settings)
+    with Cache(replies_path()) as cache:
+        for want in wants[1:]:
+            cache.keep(want.request, Reply("fine", "m", 1, 1, "stop"), "live")
+        cache.refuse(wants[0].request, Failure(wants[0].request.key, "refusal", 1, True, billed=True)).result()
+        assert estimate(wants, models, cache, 45)[0]["on_disk"] == 70
+    assert billed("check", "gpt-5-nano") == (0, "")
+    with Cache(replies_path()) as cache:
+        cache.refuse(wants[0].request, Failure(wants[0].request.key, "400 too long", 1, True)).result()
+        able = estimate(wants, models, cache, 45)[0]
+        assert (able["on_disk"], able["usd_at_most"] > 0) == (69, True) and estimate(wants, models, cache, 45, unable=["gpt-5-nano"])[0]["on_disk"] == 70
+    assert billed("check", "gpt-5-nano") == (0, "")
+
+
+@pytest.mark.parametrize("form", [("--set={}",), ("--set", "{}"), ("--se", "{}")])
+def test_a_check_looks_at_the_study_that_it_is_asked_about(form, billed, capsys):
+    "The traces of the plain profile are there; those of another teacher are not, however SET is written."
+    from valuecot.flow.plan import Job, Plan
+    from valuecot.store import write_json
+    from valuecot.teacher import bill
+
+    plan, traces = Plan("tiny", "geometry"), Job("geometry", "traces")
+    for job in (Job("geometry", "prompts"), traces):
+        write_json(plan.run_file(job), {"key": plan.key(job)})
+    assert bill.why(plan, traces) == "" and bill.main(["check"]) == 0
+    status, said = bill.main(["check", *(word.format(FEW + "gpt-5-nano") for word in form)]), capsys.readouterr().err
+    assert status == 2 and "set OPENAI_API_KEY" in said
 
 
 def test_a_plan_says_what_it_downloads_and_whether_the_cap_is_wide_enough(billed):

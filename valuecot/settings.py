@@ -517,6 +517,7 @@ class Settings:
 
     profile: str
     sections: dict[str, object]
+    overrides: str = ""  # as `SET` gave them; the sections hold what came of them
 
     def __getitem__(self, section: str):
         "Record of `section`."
@@ -526,7 +527,7 @@ class Settings:
 
     def only(self, names: list[str]) -> Settings:
         "The same settings, limited to sections `names`."
-        return Settings(self.profile, {name: self[name] for name in names})
+        return Settings(self.profile, {name: self[name] for name in names}, self.overrides)
 
     def values(self) -> dict[str, object]:  # plain data, for keys and run.json
         "Sections as dictionaries."
@@ -550,7 +551,7 @@ def load(
             put(sections, name, value, f"[{source}]")
     for name, value in given.items():
         put(sections, name, value, "SET")
-    settings = Settings(profile, {name: typed(name, values) for name, values in sections.items()})
+    settings = Settings(profile, {name: typed(name, values) for name, values in sections.items()}, overrides)
     check_design(settings)
     return settings
 

@@ -25,14 +25,14 @@ from ..types import Prompt, Run, Trace
 stage = Stage("traces", reads=("geometry.traces", "teacher.{teachers}"), inputs=("prompts",))
 
 # %% ../../nbs/geometry/20_traces.ipynb #594a4a3a
-def complete(found: Collected, missing: dict[str, str], cache: Cache, cap: float) -> None:
+def complete(found: Collected, missing: dict[str, Exception], cache: Cache, cap: float) -> None:
     "Every question has its reply or its reason; else an error that says what to do."
     kept = f"what came is kept in {cache.path.name}, and the next run asks only for the rest"
     if found.tally.unasked:
         raise RuntimeError(f"the cap of {usd(cap)} would be passed: {found.tally.unasked} questions were not asked, {usd(cache.spent)} are spent; raise geometry.traces.cap; {kept}")
     if failed := found.tally.failures:
         reasons = Counter(f.reason for f in failed).most_common(3)
-        said = "; ".join([f"{n} x {reason}" for reason, n in reasons] + list(missing.values()))
+        said = "; ".join([f"{n} x {reason}" for reason, n in reasons] + list(map(str, missing.values())))
         raise RuntimeError(f"{len(failed)} questions have no reply yet ({said}); {kept}")
     for teacher in {q.teacher for q in found.aside} - {t.teacher for t in found.traces}:
         reasons = Counter(q.reason for q in found.aside if q.teacher == teacher)
