@@ -300,6 +300,16 @@ def test_a_batch_that_leaves_in_this_moment_is_not_withdrawn(cache):
     assert cache.withdraw_batch("valuecot-x", "given-up", None).result()[0] == 1 and not cache.held("valuecot-x")
 
 
+def test_nobody_sleeps_for_a_day_over_a_batch():
+    from valuecot.providers.batches import patiently
+
+    async def once():
+        raise Failed("429 come back", again=True, wait=86_400.0)
+
+    with pytest.raises(Failed, match="asks to wait 1,440 minutes"):
+        asyncio.run(asyncio.wait_for(patiently(once, Policy()), 20))
+
+
 def test_nothing_to_ask_sends_nothing(cache):
     with queue_server() as (root, server):
         assert ask([], root, cache).replied == 0

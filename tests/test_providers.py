@@ -781,6 +781,38 @@ def test_a_key_is_hidden_also_where_a_message_is_cut(monkeypatch):
     for place in range(150, 210):
         assert "sk-pl" not in live.refused(400, None, "x" * place + KEY).reason
     assert live.refused(400, None, "the prompt is too long").lasting and not live.refused(400, None, "API key not valid").lasting and not live.refused(400, None, "your credit balance is too low").lasting
+    told = '{"error": {"message": "flagged: who keeps the balance, and may I give him credit, with her permission?"}}'
+    assert live.refused(400, None, told).lasting, "the question's own words say nothing about the account"
+
+
+EMPTY_ACCOUNT = json.dumps({"error": {"message": "You exceeded your current quota, please check your plan and billing details. " + "See the documents. " * 12, "type": "insufficient_quota", "code": "insufficient_quota"}})
+GOOGLES = json.dumps({"error": {"code": 429, "message": "You exceeded your current quota, please check your plan and billing details.", "status": "RESOURCE_EXHAUSTED"}})
+
+
+def test_a_limit_and_an_outage_keep_the_providers_words():
+    live = Live("server", PRICE, "http://localhost:1/v1")
+    found = live.refused(429, "2", '{"error": {"message": "60 requests per minute"}}')
+    assert (found.again, found.wait, found.kind) == (True, 2.0, "429") and "60 requests per minute" in found.reason
+    assert "overloaded until 9" in live.refused(503, None, "overloaded until 9").reason
+    empty, passing = live.refused(429, None, EMPTY_ACCOUNT), live.refused(429, None, GOOGLES)
+    assert not empty.again and not empty.lasting and "exceeded your current quota" in empty.reason
+    assert passing.again, "Google says so of a limit per minute"
+
+
+def test_nobody_sleeps_for_a_day(cache):
+    "Retry-After: 86400 ends the question for this run, with the provider's words and wish; a minute is waited for."
+    class Far:
+        connections, price = 4, PRICE
+
+        async def ask(self, request):
+            raise Failed("429 come back", again=True, wait=86_400.0)
+
+        async def close(self):
+            pass
+
+    tally = asyncio.run(asyncio.wait_for(ask_all(questions(2), {"server/m": Far()}, cache, Policy()), 20))
+    assert [(f.reason, f.tries, f.lasting) for f in tally.failures] == [("429 come back, asks to wait 1,440 minutes", 1, False)] * 2
+    assert 60 <= Policy().again(Failed("429", again=True, wait=60.0), 1) <= 61 and Policy().again(Failed("429", again=True), 6) is None
 
 
 def test_what_a_gateway_breaks_off_may_have_been_paid_for():

@@ -747,6 +747,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'valuecot/providers/asking.py'),
                                            'valuecot.providers.asking.Policy': ( 'providers/asking.html#policy',
                                                                                  'valuecot/providers/asking.py'),
+                                           'valuecot.providers.asking.Policy.again': ( 'providers/asking.html#policy.again',
+                                                                                       'valuecot/providers/asking.py'),
                                            'valuecot.providers.asking.Policy.most': ( 'providers/asking.html#policy.most',
                                                                                       'valuecot/providers/asking.py'),
                                            'valuecot.providers.asking.Policy.wait': ( 'providers/asking.html#policy.wait',

@@ -34,7 +34,7 @@ __all__ = ['ACCOUNT', 'Backend', 'Live', 'seconds', 'Policy', 'UnderWay', 'reser
            'work', 'apart', 'ask_all', 'innermost', 'finished', 'ask']
 
 # %% ../../nbs/providers/18_asking.ipynb #e3e98e9e
-ACCOUNT = re.compile(r"api.?key|credit|billing|quota|balance|permission", re.IGNORECASE)  # a 400 about the caller and not about the question
+ACCOUNT = re.compile(r"api.?key|credit balance|insufficient.(quota|balance|funds)|billing.(account|details|hard|not)|permission.denied", re.IGNORECASE)  # a 400 about the caller; one that repeats a question's own words is not
 
 
 class Backend(Protocol):
@@ -105,12 +105,13 @@ class Live:
         return bare.replace(self.key, "[key]") if self.key else bare
 
     def refused(self, status: int, after: str | None, text: str, url: str = "") -> Failed:
-        again = status in (408, 409, 429) or status >= 500
+        empty = status == 429 and "insufficient_quota" in text  # an account that no waiting fills; other providers say quota and billing of a passing limit too
+        again = (status in (408, 409, 429) or status >= 500) and not empty
         said = " ".join((text.replace(self.key, "[key]") if self.key else text).split())[:200]
         if status == 404 and url:
             said = f"at {self.shown(url)}{'' if '/v1' in url else ', is /v1 missing from base_url?'} {said}".strip()
-        lasting = status in (400, 413, 422) and not ACCOUNT.search(said)
-        return Failed(str(status) if again else f"{status} {said}", again, seconds(after), billed=status in (502, 504, 524), lasting=lasting)  # behind a gateway the model may have answered
+        lasting = status in (400, 413, 422) and not ACCOUNT.search(text)
+        return Failed(f"{status} {said}".strip(), again, seconds(after), billed=status in (502, 504, 524), lasting=lasting)  # behind a gateway the model may have answered
 
     async def close(self) -> None:
         if self.session is not None:
@@ -143,6 +144,15 @@ class Policy:
     @property
     def most(self) -> int | None:  # nano-dollars
         return None if self.cap is None else int(self.cap * 1e9)
+
+    def again(self, error: Failed, tried: int) -> float | None:  # seconds to wait; None: that was the last try
+        "When to try once more; a provider that asks for hours gets none."
+        if not error.again or tried >= self.tries:
+            return None
+        if (error.wait or 0) > 10 * self.longest_wait:
+            error.reason += f", asks to wait {error.wait / 60:,.0f} minutes"
+            return None
+        return self.wait(tried, error.wait)
 
     def wait(self, tried: int, asked: float | None) -> float:  # seconds
         "Full jitter (Brooker 2015), never shorter than the provider asks."
@@ -182,7 +192,7 @@ async def one_try(request: Request, backend: Backend, cache: Cache, cap: int | N
     try:
         reply = await backend.ask(request)
     except Failed as error:
-        cache.settle(send, error.reason.split(" ")[0], None if error.billed else 0)
+        cache.settle(send, error.kind, None if error.billed else 0)
         raise
     except Exception as error:  # a backend's own mistake ends this question and not the batch
         cache.settle(send, type(error).__name__, None)
@@ -205,9 +215,9 @@ async def ask_one(request: Request, backend: Backend, cache: Cache, gate: asynci
             await asyncio.wrap_future(kept)
             return reply
         except Failed as error:
-            if not error.again or tried == policy.tries:
+            if (wait := policy.again(error, tried)) is None:
                 return Failure(request.key, error.reason, tried, error.lasting, error.billed)
-            await asyncio.sleep(policy.wait(tried, error.wait))
+            await asyncio.sleep(wait)
 
 # %% ../../nbs/providers/18_asking.ipynb #718c4d1e-2
 @dataclass

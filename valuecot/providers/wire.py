@@ -21,7 +21,7 @@ def parameters_of(
 ) -> dict[str, object]:
     "Parameters under the provider's names."
     if unknown := sorted(set(request.parameters) - set(known)):
-        raise Failed(f"{request.provider} takes no {', '.join(unknown)}: it knows {', '.join(known)}")
+        raise Failed(f"{request.provider} takes no {', '.join(unknown)}: it knows {', '.join(known)}", kind="parameter")
     return {known[name]: value for name, value in request.parameters.items()}
 
 

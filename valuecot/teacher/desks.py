@@ -58,7 +58,7 @@ class Rules:
             trace = rules.write_trace(prompt, told["style"], told["words"], seed=0)
             return Reply(as_reply(trace).model_dump_json(), request.model, 0, 0, "stop")
         except ValueError as error:  # too short to quote from, or it holds a mark of the layout
-            raise Failed(" ".join(str(error).split()), lasting=True) from None
+            raise Failed(" ".join(str(error).split()), lasting=True, kind="unfit") from None
 
     async def close(self) -> None:
         "Nothing is open."
