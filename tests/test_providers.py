@@ -297,6 +297,16 @@ def test_an_answer_that_no_file_can_hold_is_malformed(text, tokens):
     assert error.value.again and error.value.billed
 
 
+def test_a_paid_text_without_a_count_is_kept_at_the_most_it_can_cost(cache):
+    "Some servers report no usage: the text is bought once."
+    with server(uncounted=1.0) as (root, told):
+        tally = ask(questions(3), root, cache)
+        assert (tally.replied, told()["counts"]["requests"]) == (3, 3)
+    row = cache.ledger()[0]
+    assert cache.spent == row["usd_unsettled"] == pytest.approx(3 * PRICE.most(questions(1)[0]) / 1e9) and row["unanswered"] == 0
+    assert cache.reply(questions(1)[0]).output_tokens is None
+
+
 def test_one_reply_that_cannot_be_written_spoils_no_other(cache, monkeypatch):
     commit, gate = Writer.commit, threading.Event()
     monkeypatch.setattr(Writer, "commit", staticmethod(lambda db, jobs: (gate.wait(), commit(db, jobs))))

@@ -34,8 +34,8 @@ class Price:
         exact = 1000 * (self.input * input_tokens + self.output * output_tokens) * (self.batch if batch else 1)
         return -int(-exact // 1)
 
-    def of(self, reply: Reply, batch: bool = False) -> int:  # nano-dollars
-        return self.cost(reply.input_tokens, reply.output_tokens, batch)
+    def of(self, reply: Reply, batch: bool = False) -> int | None:  # nano-dollars; None: nobody counted
+        return None if reply.input_tokens is None else self.cost(reply.input_tokens, reply.output_tokens, batch)
 
     def most(self, request: Request, batch: bool = False) -> int:  # nano-dollars
         "That a question can cost."

@@ -74,8 +74,8 @@ class Reply(Shown):
 
     text: str  # never blank: a blank reply is a failure
     model: str  # the model that the provider says it was
-    input_tokens: int
-    output_tokens: int  # thinking included
+    input_tokens: int | None  # None: the provider does not say
+    output_tokens: int | None  # thinking included
     finish: str  # "stop"; "length": cut off at max_tokens; or the provider's own word
 
 
