@@ -841,6 +841,23 @@ def test_two_teachers_that_ask_one_model_in_two_ways_are_refused():
         backends([one, replace(one, effort="low")])
 
 
+@pytest.mark.parametrize("name", ["rules", "transformers"])
+def test_an_effort_that_nobody_makes_is_refused_before_anything_is_asked(name):
+    from valuecot.settings import load
+
+    with pytest.raises(ValueError, match=f"effort = low does nothing with provider = {name}"):
+        load("tiny", f"teacher.{name}.effort=low")
+
+
+def test_a_parameter_that_is_unknown_lies_in_the_settings_and_not_in_the_question():
+    from valuecot.providers.local import how
+
+    for refuses in (how, WIRES["anthropic"].body):
+        with pytest.raises(Failed, match="takes no colour") as error:
+            refuses(questions(1, parameters={"colour": "red"})[0])
+        assert not error.value.lasting and not error.value.again
+
+
 FEW = "geometry.sft_prompts=20 geometry.grpo_prompts=1 geometry.heldout_prompts=15 geometry.traces.teachers="
 
 

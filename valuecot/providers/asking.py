@@ -231,6 +231,11 @@ class Tally:
     unasked: int = 0  # left when the cap had no room for them
     usd: float = 0.0  # in the cache's ledger, at most
 
+    def __add__(self, later: Tally) -> Tally:
+        "Two rounds on the same cache as one."
+        sums = {name: getattr(self, name) + getattr(later, name) for name in ("known", "repeated", "replied", "failures", "unasked")}
+        return Tally(**sums, usd=later.usd)
+
 
 class Count:
     "Questions as they end, counted and shown."

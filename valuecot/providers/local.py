@@ -30,7 +30,7 @@ def prompt_of(tokenizer, request: Request) -> str:
 def how(request: Request) -> dict[str, object]:
     "Arguments of `generate`."
     if unknown := sorted(set(request.parameters) - {*SAMPLED, "seed"}):
-        raise Failed(f"transformers takes no {', '.join(unknown)}: it knows {', '.join(SAMPLED)}, seed", lasting=True, kind="parameter")
+        raise Failed(f"transformers takes no {', '.join(unknown)}: it knows {', '.join(SAMPLED)}, seed", kind="parameter")
     given = {name: request.parameters[name] for name in SAMPLED if name in request.parameters}
     return {"max_new_tokens": request.max_tokens, "do_sample": bool(given), "seed": request.parameters.get("seed", 0) + request.sample, **given}
 

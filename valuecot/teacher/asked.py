@@ -23,8 +23,8 @@ from .templates import request as wording
 from ..types import Prompt, Shown, Trace, short
 
 # %% auto #0
-__all__ = ['Reads', 'Desk', 'Quarantined', 'Ending', 'looked', 'once_more', 'ask_twice', 'together', 'Wanted', 'wanted',
-           'trace_in', 'Collected', 'collect', 'by_reason', 'with_traces', 'unequal', 'read_traces', 'outcome']
+__all__ = ['Reads', 'Desk', 'Quarantined', 'Ending', 'looked', 'once_more', 'ask_twice', 'Wanted', 'wanted', 'trace_in',
+           'Collected', 'collect', 'by_reason', 'with_traces', 'unequal', 'read_traces', 'outcome']
 
 # %% ../../nbs/teacher/44_asked.ipynb #fd8fb3a5
 @dataclass(frozen=True)
@@ -89,26 +89,18 @@ def once_more(request: Request, reads: Reads, cache: Cache) -> Request | None:
     return replace(request, sample=request.sample + 1) if told and told.reason.startswith(EMPTY) else None
 
 # %% ../../nbs/teacher/44_asked.ipynb #98e3e0d9
-def ask_twice(
+async def ask_twice(
     questions: list[tuple[Request, Reads]],
     backends: dict[str, Backend],  # by provider/model; none: the cache alone
     cache: Cache,
     policy: Policy | None = None,
     progress: bool = False,
 ) -> tuple[Iterator[Ending], Tally]:  # endings in the order of the questions, read as they are taken
-    "Ask, read, and ask once more where that failed."
-    again: dict[int, Request] = {}
-
-    async def rounds() -> tuple[Tally, Tally]:  # in one event loop, as the backends' limits want it
-        first = await ask_all((request for request, _ in questions), backends, cache, policy, progress, len(questions))
-        for place, (request, reads) in enumerate(questions):
-            if more := once_more(request, reads, cache):
-                again[place] = more
-        return first, await ask_all(again.values(), backends, cache, policy, progress, len(again))
-
-    first, second = finished(rounds())
-    failed = first.failures + second.failures
-    reasons = {f.key: f.reason for f in failed if f.lasting}
+    "Ask, read, and ask once more where that failed; several calls share one event loop, as the backends' limits want it."
+    first = await ask_all((request for request, _ in questions), backends, cache, policy, progress, len(questions))
+    again = {place: more for place, (request, reads) in enumerate(questions) if (more := once_more(request, reads, cache))}
+    tally = first + await ask_all(again.values(), backends, cache, policy, progress, len(again))
+    reasons = {f.key: f.reason for f in tally.failures if f.lasting}
 
     def ending(place: int) -> Ending:
         asked, reads = questions[place]
@@ -116,17 +108,7 @@ def ask_twice(
         reply, found, error = looked(last, reads, cache)
         return Ending(tuple(dict.fromkeys((asked.key, last.key))), found, reply, str(error) if error else "" if reply else reasons.get(last.key, ""))
 
-    tally = Tally(first.known, first.repeated, first.replied + second.replied, [f for f in failed if not f.lasting], first.unasked + second.unasked, second.usd)
-    return map(ending, range(len(questions))), tally
-
-# %% ../../nbs/teacher/44_asked.ipynb #ede7fe7a
-def together(*tallies: Tally) -> Tally:
-    "Rounds one after the other as one."
-    total = Tally(usd=tallies[-1].usd)
-    for one in tallies:
-        total.known, total.repeated, total.replied, total.unasked = total.known + one.known, total.repeated + one.repeated, total.replied + one.replied, total.unasked + one.unasked
-        total.failures += one.failures
-    return total
+    return map(ending, range(len(questions))), replace(tally, failures=[f for f in tally.failures if not f.lasting])
 
 # %% ../../nbs/teacher/44_asked.ipynb #fd8fb3a5-2
 @dataclass(frozen=True)
@@ -170,7 +152,7 @@ def collect(
     progress: bool = False,
 ) -> Collected:
     "Traces, and what was put aside."
-    endings, tally = ask_twice([(w.request, partial(trace_in, w)) for w in wants], backends, cache, policy, progress)
+    endings, tally = finished(ask_twice([(w.request, partial(trace_in, w)) for w in wants], backends, cache, policy, progress))
     traces, aside, keys = [], [], []
     for want, end in zip(wants, endings, strict=True):
         keys += end.keys
