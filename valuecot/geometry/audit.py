@@ -40,7 +40,7 @@ def seen_table(table: pd.DataFrame) -> pd.DataFrame:
     "Faults that were seen, one column for each teacher and style."
     seen = table[table.groupby("kind")["traces"].transform("sum") > 0]
     text = [f"{r.traces} of {r.of} ({100 * r.low_95:.0f} to {100 * r.high_95:.0f} %)" for r in seen.itertuples()]
-    wide = seen.assign(text=text, column=seen["teacher"] + ", " + seen["style"]).pivot(index="kind", columns="column", values="text")
+    wide = seen.assign(text=text, column=seen["teacher"] + ", " + seen["style"]).pivot(index="kind", columns="column", values="text").fillna("–")
     order = sorted(wide.columns, key=lambda name: (name.rpartition(", ")[0], list(STYLES).index(name.rpartition(", ")[2])))
     return wide.loc[list(dict.fromkeys(seen["kind"])), order].reset_index()
 

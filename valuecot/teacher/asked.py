@@ -17,8 +17,8 @@ from ..providers.requests import Reply, Request
 from ..providers.structured import Malformed, asked_again, read
 from ..providers.wire import EMPTY
 from ..store import read_records
+from .audit import apart
 from .schemas import SCHEMAS, as_trace, schema_of
-from .styles import alike, length
 from .templates import request as wording
 from ..types import Prompt, Shown, Trace, short
 
@@ -177,15 +177,8 @@ def with_traces(prompts: list[Prompt], traces: list[Trace], aside: list[Quaranti
 
 def unequal(traces: list[Trace], tolerance: float) -> list[Quarantined]:
     "Traces of prompts whose reasonings differ in length by more than `tolerance` of the longest; 0: none is put aside."
-    by: dict[str, list[Trace]] = {}
-    for t in traces:
-        by.setdefault(t.prompt_id, []).append(t)
-    found = []
-    for pair in by.values():
-        sizes = [length(t.phases) for t in pair]
-        if tolerance and not alike(min(sizes), max(sizes), tolerance):
-            found += [Quarantined(t.prompt_id, t.style, t.teacher, "lengths apart: the traces of its prompt differ by more than geometry.traces.match", t.reasoning) for t in pair]
-    return found
+    reason = "lengths apart: the traces of its prompt differ by more than geometry.traces.match"
+    return [Quarantined(t.prompt_id, t.style, t.teacher, reason, t.reasoning) for own in (apart(traces, tolerance) if tolerance else ()) for t in own.values()]
 
 
 def read_traces(prompts_folder: Path, traces_folder: Path) -> tuple[list[Prompt], list[Trace]]:
