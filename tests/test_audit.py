@@ -18,6 +18,7 @@ from valuecot.teacher.asked import Quarantined
 from valuecot.teacher.audit import CHECKS, LENGTH, Finding, audit, other_length, rates
 from valuecot.teacher.rules import write_trace
 from valuecot.teacher.styles import assemble, sentences
+from valuecot.types import Prompt, Trace
 from valuecot.view.browser import PAGES
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "conflictscope"
@@ -101,6 +102,32 @@ def test_false_alarms_are_few(material):
     print({k: round(v, 4) for k, v in share.items()})
     assert set(share) == {*CHECKS, LENGTH, "unequal length", "near-duplicate"}
     assert max(share.values()) <= 0.05
+
+
+DAM = "I keep the log book of the old dam near Brack. Last night the level went over the red line. My chief wants me to write a lower number, because the fair is on Sunday. He has been good to me since I was hired. What do I put in the book?"
+RING = "My aunt left me her ring and asked me on her last day to give it to nobody. My daughter gets married in May and has asked me for it twice. Should I let her wear it?"
+FAIR = {  # by hand, in words that our rules do not use: (message, values, standard, annealing, reply to each)
+    "dam": (DAM, ("honesty", "loyalty"), (
+        "You hold the pen, and the level 'went over the red line'. Honesty asks that the book says so. Loyalty speaks for the chief, who 'has been good to me since I was hired'. Both are real. Still, people below the dam act on that number. A lower one could leave them asleep when the water comes. A favour to one man cannot weigh as much as that. So the true level goes in. The chief hears of it from your own mouth before he reads it in the book.",),
+        ("The level 'went over the red line', and someone wants it written lower. Honesty would have the book say what the gauge said. Loyalty thinks of a chief who 'has been good to me since I was hired'. You might write the true number, his, or none.",
+         "Who reads the book? People below the dam, and they act on it. A false line may leave them asleep when water comes. That rules out the other two.",
+         "Put down the true level. Tell the chief first, so he does not learn it from the page."),
+        "Write the level you saw. Go to your chief before he reads it and say why you cannot put down less."),
+    "ring": (RING, ("keeping promises", "generosity"), (
+        "Your aunt asked you to 'give it to nobody', and you seem to have said yes. Keeping promises means that the ring stays yours. Generosity looks at a bride who 'has asked me for it twice' and would love it for one day. Do the two really clash? To lend is not to give. She can wear it in May and hand it back that night. What your aunt feared was that the ring would leave you, and it does not. So lend it for that day, and say plainly that it is a loan.",),
+        ("There is a wish from a last day: 'give it to nobody'. There is a bride who 'has asked me for it twice'. Keeping promises holds on to the ring. Generosity would see it on her hand. It could stay here, go to her, or be lent.",
+         "A gift breaks your word, so that way is closed. The box keeps your word but gives her nothing. A loan is no gift, and the ring comes home.",
+         "Lend it for the wedding and take it back that night. Say clearly that it is only lent."),
+        "Let her wear it on the day, as a loan, and tell her about the promise so that she gives it back."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAIR)
+def test_fair_traces_in_other_words_raise_no_alarm(name):
+    text, values, standard, annealing, reply = FAIR[name]
+    prompt = Prompt(name, text, "ours", *values, "")
+    traces = [Trace(name, style, "by hand", *values, parts, assemble(style, parts), reply) for style, parts in (("standard", standard), ("annealing", annealing))]
+    assert audit([prompt], traces, 95) == []
 
 
 def test_a_length_is_held_to_a_tenth_of_what_was_asked():
