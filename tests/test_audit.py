@@ -18,6 +18,7 @@ from valuecot.teacher.asked import Quarantined
 from valuecot.teacher.audit import CHECKS, LENGTH, Finding, audit, other_length, rates
 from valuecot.teacher.rules import write_trace
 from valuecot.teacher.styles import assemble, sentences
+from valuecot.teacher.templates import templates_of, words_asked
 from valuecot.types import Prompt, Trace
 from valuecot.view.browser import PAGES
 
@@ -174,10 +175,10 @@ def test_what_was_put_aside_is_on_the_page_with_its_reason():
 
 def test_a_length_that_no_template_asks_for_is_no_fault(tmp_path):
     settings = load("test")["geometry.traces"]
-    assert audit_stage.words_asked(settings) == settings.words
+    assert words_asked(templates_of(settings), settings.words) == settings.words
     for text, asked in (("{prompt} in {words} words", settings.words), ("{prompt}", None)):
         (tmp_path / "standard.txt").write_text(text)
-        assert audit_stage.words_asked(replace(settings, templates=str(tmp_path))) == asked
+        assert words_asked(templates_of(replace(settings, templates=str(tmp_path))), settings.words) == asked
 
 
 def test_what_a_style_cannot_have_is_not_counted_as_none():

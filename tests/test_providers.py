@@ -34,7 +34,7 @@ from valuecot.providers.prices import Price, usd
 from valuecot.providers.requests import Failed, Failure, Reply, Request, as_request, canonical
 from valuecot.providers.structured import Malformed, read
 from valuecot.providers.wire import WIRES, read_reply
-from valuecot.teacher.asked import Desk, Quarantined, by_reason, collect, outcome, wanted, with_traces
+from valuecot.teacher.asked import Desk, Quarantined, by_reason, collect, commonest, outcome, wanted, with_traces
 from valuecot.teacher.audit import audit
 from valuecot.teacher.rules import write_trace
 from valuecot.teacher.schemas import AnnealingReply, StandardReply
@@ -687,6 +687,41 @@ def test_replies_that_answer_nothing_are_an_error(cache, tmp_path):
         export_replies(theirs, tmp_path / "theirs" / "replies.jsonl.gz")
     take(cache, tmp_path / "theirs", wants)
     assert cache.reply(wants[0].request).text == "fine"
+
+
+def test_two_files_of_which_the_second_does_not_agree_change_nothing(cache, tmp_path):
+    from valuecot.geometry.traces import take
+
+    wants = list(wanted(generate(3, seed=0), ("standard",), lambda p: desk(), 60))
+    (tmp_path / "theirs").mkdir()
+    for name, places, text in (("a", (0, 1), "a"), ("b", (1, 2), "b")):
+        with Cache(tmp_path / f"{name}.sqlite") as theirs:
+            for i in places:
+                theirs.keep(wants[i].request, Reply(text, "m", 1, 1, "stop"), "live").result()
+            export_replies(theirs, tmp_path / "theirs" / f"{name}.jsonl.gz")
+    with pytest.raises(ValueError, match="1 questions of .*a.jsonl.gz, .*b.jsonl.gz, or these do not agree.*nothing was imported"):
+        take(cache, tmp_path / "theirs", wants)
+    cache.keep(wants[2].request, Reply("mine", "m", 1, 1, "stop"), "live").result()
+    with pytest.raises(ValueError, match="nothing was imported"):
+        take(cache, tmp_path / "theirs", wants)
+    assert cache.db.execute("SELECT COUNT(*) FROM replies").fetchone() == (1,)
+
+
+def test_different_reasons_are_counted_apart_and_kept_whole():
+    long = "values.value_1 has 4 words, at most three allowed; values.value_2 is {}"
+    aside = [Quarantined(str(i), "standard", "t", long.format("missing" if i < 3 else "blank"), "") for i in range(5)]
+    assert [(r["reason"][-7:], r["count"]) for r in by_reason(aside)] == [("s blank", 2), ("missing", 3)]
+    assert outcome([], aside) == f"0 traces, 5 put aside: 3 x {long.format('missing')}; 2 x {long.format('blank')}"
+    assert commonest((str(i) for i in range(4)), most=2) == "1 x 0; 1 x 1; ..."
+
+
+def test_the_ledger_names_what_went_wrong(cache):
+    from valuecot.settings import load
+    from valuecot.teacher.desks import backends, questions, teachers_of
+
+    settings = load("tiny")
+    collect(questions(settings, [Prompt("short", "Hm.", "", "care", "honesty", "")]), backends(teachers_of(settings).values())[0], cache)
+    assert cache.ledger()[0]["failures"] == {"unfit": 2}
 
 
 def test_the_stage_says_what_is_missing_and_keeps_what_came(prompts_only, tmp_path, monkeypatch):

@@ -7,17 +7,16 @@ __all__ = ['stage', 'made_by', 'run_release', 'publish', 'main']
 
 # %% ../../nbs/geometry/28_release.ipynb #722e01cb
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
+from ..data.splits import traced
 from ..flow.plan import Job, Plan, Stage
 from ..flow.run import check_complete, finish
-from ..settings import root
 from ..store import read_json, read_records, write_bytes, write_text
 from ..teacher.asked import Quarantined
 from ..teacher.audit import Finding
 from ..teacher.release import card, released, released_rows
-from ..teacher.templates import TEMPLATES, read_templates
+from ..teacher.templates import templates_of
 from ..types import Prompt, Run, Trace
 
 # %% ../../nbs/geometry/28_release.ipynb #a96e17df
@@ -26,8 +25,9 @@ stage = Stage("release", reads=("geometry", "geometry.traces", "teacher.{teacher
 # %% ../../nbs/geometry/28_release.ipynb #38794cb3
 def made_by(folder: Path) -> str:
     "Day and revision of the traces in a folder."
-    record, day = read_json(folder / "run.json"), datetime.fromtimestamp((folder / "traces.jsonl").stat().st_mtime, UTC).date()
-    return f"written on {day} by revision {record['revision'][:12]}{' with uncommitted changes' if record['dirty'] else ''}"
+    record = read_json(folder / "run.json")
+    day = f"on {record['finished'][:10]} " if "finished" in record else ""  # runs of before do not tell
+    return f"written {day}by revision {record['revision'][:12]}{' with uncommitted changes' if record['dirty'] else ''}"
 
 
 def run_release(run: Run) -> str:  # the card
@@ -45,9 +45,7 @@ def run_release(run: Run) -> str:  # the card
     for split in sorted({r["split"] for r in rows}):
         (run.out / "data").mkdir(exist_ok=True)
         Dataset.from_list([r for r in rows if r["split"] == split], features=features).to_parquet(run.out / "data" / f"{split}.parquet")
-    own = run.settings["geometry.traces"].templates
-    count = sum(p.split in ("sft", "heldout") for p in prompts)
-    told = card(run.settings, rows, aside, count, read_templates(root() / own) if own else TEMPLATES, made_by(folder))
+    told = card(run.settings, rows, aside, len(traced(prompts)), templates_of(run.settings["geometry.traces"]), made_by(folder))
     write_text(run.out / "README.md", told)
     if released(data):
         write_bytes(run.out / "replies.jsonl.gz", (folder / "replies.jsonl.gz").read_bytes())

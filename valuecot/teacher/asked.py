@@ -24,7 +24,7 @@ from ..types import Prompt, Shown, Trace, short
 
 # %% auto #0
 __all__ = ['Reads', 'Desk', 'Quarantined', 'Ending', 'looked', 'once_more', 'ask_twice', 'Wanted', 'wanted', 'trace_in',
-           'Collected', 'collect', 'by_reason', 'with_traces', 'unequal', 'read_traces', 'outcome']
+           'Collected', 'collect', 'commonest', 'by_reason', 'with_traces', 'unequal', 'read_traces', 'outcome']
 
 # %% ../../nbs/teacher/44_asked.ipynb #fd8fb3a5
 @dataclass(frozen=True)
@@ -163,9 +163,15 @@ def collect(
     return Collected(traces, aside, tally, tuple(dict.fromkeys(keys)))
 
 
+def commonest(reasons: Iterable[str], most: int = 5) -> str:
+    "How often each reason came; whole reasons are counted, and the commonest shown."
+    found = Counter(reasons).most_common()
+    return "; ".join(f"{n} x {short(reason)}" for reason, n in found[:most]) + ("; ..." if len(found) > most else "")
+
+
 def by_reason(aside: list[Quarantined]) -> list[dict[str, object]]:  # rows: teacher, style, reason, count
     "Quarantine counted."
-    found = Counter((q.teacher, q.style, q.reason[:60]) for q in aside)
+    found = Counter((q.teacher, q.style, q.reason) for q in aside)
     return [{"teacher": a, "style": b, "reason": c, "count": n} for (a, b, c), n in sorted(found.items())]
 
 # %% ../../nbs/teacher/44_asked.ipynb #6624c854
@@ -190,6 +196,4 @@ def read_traces(prompts_folder: Path, traces_folder: Path) -> tuple[list[Prompt]
 # %% ../../nbs/teacher/44_asked.ipynb #43a5eb09
 def outcome(traces: list[Trace], aside: list[Quarantined]) -> str:
     "Traces, and what was put aside by reason."
-    reasons = Counter(short(q.reason, 60) for q in aside).most_common()
-    told = "; ".join(f"{n} x {reason}" for reason, n in reasons[:5]) + ("; ..." if len(reasons) > 5 else "")
-    return f"{len(traces):,} traces, {len(aside):,} put aside" + (f": {told}" if aside else "")
+    return f"{len(traces):,} traces, {len(aside):,} put aside" + (f": {commonest(q.reason for q in aside)}" if aside else "")

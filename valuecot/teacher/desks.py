@@ -22,7 +22,7 @@ from ..store import digest
 from . import rules, styles
 from .asked import Desk, Wanted, once_more, wanted
 from .schemas import as_reply
-from .templates import read_templates
+from .templates import templates_of
 from ..types import Prompt
 
 # %% auto #0
@@ -104,8 +104,8 @@ def questions(settings: Settings, prompts: Iterable[Prompt]) -> list[Wanted]:
     "Everything that the study asks about `prompts`: one question for each style, to the prompt's teacher."
     traces = settings["geometry.traces"]
     desks = {name: desk_of(name, model) for name, model in teachers_of(settings).items()}
-    templates = read_templates(root() / traces.templates) if traces.templates else None
-    if templates and all(isinstance(desk, RulesDesk) for desk in desks.values()):
+    templates = templates_of(traces)
+    if traces.templates and all(isinstance(desk, RulesDesk) for desk in desks.values()):
         raise ValueError(f"geometry.traces.templates = {str(traces.templates)!r} would do nothing: the rules teacher reads no template")
     return list(wanted(prompts, styles.ASKED, lambda p: desks[assigned(p, traces.teachers)], traces.words, templates))
 
