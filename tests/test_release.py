@@ -17,7 +17,7 @@ from valuecot.store import read_json, read_records, write_json, write_records
 from valuecot.teacher.asked import Quarantined
 from valuecot.teacher.audit import Finding
 from valuecot.providers.requests import Reply
-from valuecot.teacher.release import COLUMNS, card, origin, released, without_quotes
+from valuecot.teacher.release import COLUMNS, card, origin, released, unsent, upload, without_quotes
 from valuecot.types import Prompt, Trace
 
 
@@ -174,6 +174,32 @@ def test_publishing_needs_a_release_a_name_and_a_network(outputs, tmp_path):
     offline = publish(outputs, "test", "owner/name")
     assert offline.returncode == 2 and "nothing was published" in offline.stderr and "Traceback" not in offline.stderr
     assert "https://huggingface.co did not take it" in offline.stderr and "token with write access" in offline.stderr
+
+
+@pytest.mark.parametrize("kind, public", [("dataset", False), ("model", False), ("model", True)])
+def test_nothing_is_sent_where_more_could_read_it_than_was_said(kind, public, tmp_path, monkeypatch):
+    asked = []
+
+    class Hub:
+        private = not public
+
+        def create_repo(self, name, repo_type, private, exist_ok):
+            asked.append((repo_type, private))
+
+        def repo_info(self, name, repo_type):
+            return self
+
+        def upload_folder(self, **more):
+            asked.append((more["repo_type"], more["delete_patterns"]))
+            return "there"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert upload(kind, "owner/name", tmp_path, public, "told", delete_patterns=["*"]) == "there" and asked == [(kind, not public), (kind, ["*"])]
+    Hub.private = public
+    with pytest.raises(ValueError, match="owner/name is " + ("private: leave PUBLIC out" if public else "public: make it private first")):
+        upload(kind, "owner/name", tmp_path, public, "told")
+    assert len(asked) == 3 and unsent(ValueError("owner/name is public")) == "error: nothing was published: owner/name is public"
+    assert "did not take it (OSError: no route)" in unsent(OSError("no route")) and "token with write access" in unsent(OSError("no route"))
 
 
 def test_publishing_sends_the_release_alone_and_in_private(outputs, monkeypatch):

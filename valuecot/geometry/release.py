@@ -15,7 +15,7 @@ from ..flow.run import check_complete, finish
 from ..store import read_json, read_records, write_bytes, write_text
 from ..teacher.asked import Quarantined
 from ..teacher.audit import Finding
-from ..teacher.release import card, released, released_rows
+from ..teacher.release import card, released, released_rows, unsent, upload
 from ..teacher.templates import templates_of
 from ..types import Prompt, Run, Trace
 
@@ -55,17 +55,11 @@ def run_release(run: Run) -> str:  # the card
 # %% ../../nbs/geometry/28_release.ipynb #846fb23a
 def publish(profile: str, repository: str, overrides: str = "") -> str:  # where it is
     "Send a profile's release to the Hugging Face hub, to a private data set; what an earlier one held there goes."
-    from huggingface_hub import HfApi
-
     plan = Plan(profile, "geometry", overrides)
     folder = plan.run_file(Job("geometry", "release")).parent
     check_complete("release/all/all/all", folder, plan)
-    hub = HfApi()
-    hub.create_repo(repository, repo_type="dataset", private=True, exist_ok=True)
-    if not hub.repo_info(repository, repo_type="dataset").private:
-        raise ValueError(f"{repository} is public: make it private first, and public again when you have read what is in it")
     files = ["README.md", "data/*.parquet", "replies.jsonl.gz"]
-    return str(hub.upload_folder(repo_id=repository, repo_type="dataset", folder_path=folder, allow_patterns=files, delete_patterns=files[1:], commit_message=f"valuecot, profile {profile}"))
+    return upload("dataset", repository, folder, False, f"valuecot, profile {profile}", allow_patterns=files, delete_patterns=files[1:])
 
 
 def main(argv: list[str]) -> int:  # exit status
@@ -75,13 +69,8 @@ def main(argv: list[str]) -> int:  # exit status
         return 2
     try:
         print(publish(*argv))
-    except (KeyError, ValueError, FileNotFoundError) as error:  # ours: nothing to send, or not there
-        print(f"error: nothing was published: {error.args[0] if error.args else error}", file=sys.stderr)
-        return 2
-    except Exception as error:  # the hub's own client raises those of three libraries
-        from huggingface_hub.constants import ENDPOINT
-
-        print(f"error: nothing was published: {ENDPOINT} did not take it ({type(error).__name__}: {error}); it wants a network, and a token with write access (hf auth login, or HF_TOKEN)", file=sys.stderr)
+    except Exception as error:
+        print(unsent(error), file=sys.stderr)
         return 2
     return 0
 

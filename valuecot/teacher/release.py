@@ -11,6 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from ..data.conflictscope import COMMIT, REPOSITORY
 from ..settings import Data, Settings, TeacherModel
@@ -24,7 +25,7 @@ from ..types import Prompt, Trace, short
 # %% auto #0
 __all__ = ['OPEN', 'NOTICE', 'COLUMNS', 'TEXTS', 'OURS', 'FIELD', 'WRONG', 'LOADING', 'origin', 'released', 'sha',
            'released_rows', 'without_quotes', 'counted', 'teacher_lines', 'style_lines', 'audit_lines', 'aside_lines',
-           'card', 'request_lines']
+           'card', 'request_lines', 'upload', 'unsent']
 
 # %% ../../nbs/teacher/51_release.ipynb #8d39308c
 OPEN = ("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "odc-by")  # licences that allow passing texts on
@@ -189,3 +190,32 @@ def request_lines(templates: dict[str, str], words: int | None) -> list[str]:  #
     "What teachers were sent; rules read no template."
     places = f"`{{words}}` is {words}, and `{{prompt}}` the prompt's text." if words else "`{prompt}` is the prompt's text; no length was asked for."
     return ["## How the teachers were asked", places, "", *(f"### {name}\n````text\n{text.strip()}\n````" for name, text in templates.items()), ""]
+
+# %% ../../nbs/teacher/51_release.ipynb #e841044b
+def upload(
+    kind: str,  # "dataset" or "model"
+    name: str,  # owner/name
+    folder: Path,
+    public: bool,
+    message: str,
+    **patterns: list[str],  # allow_patterns, delete_patterns
+) -> str:  # where it is
+    "Send a folder to the Hugging Face hub; what an earlier upload left there goes, and stays in its history."
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    hub.create_repo(name, repo_type=kind, private=not public, exist_ok=True)
+    private = hub.repo_info(name, repo_type=kind).private
+    if private == public:
+        raise ValueError(f"{name} is {'private: leave PUBLIC out, and let its owner make it public' if private else 'public: make it private first, and public again when you have read what is in it' + (', or say PUBLIC=yes' if kind == 'model' else '')}")
+    return str(hub.upload_folder(repo_id=name, repo_type=kind, folder_path=folder, commit_message=message, **patterns))
+
+
+def unsent(error: Exception) -> str:
+    "Why nothing was published: for a reason of ours, or one of the hub's."
+    said = error.args[0] if error.args else error
+    if not isinstance(error, KeyError | ValueError | FileNotFoundError):  # the hub's own client raises those of three libraries
+        from huggingface_hub.constants import ENDPOINT
+
+        said = f"{ENDPOINT} did not take it ({type(error).__name__}: {error}); it wants a network, and a token with write access (hf auth login, or HF_TOKEN)"
+    return f"error: nothing was published: {said}"
