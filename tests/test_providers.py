@@ -876,6 +876,12 @@ def test_two_teachers_that_ask_one_model_in_two_ways_are_refused():
         backends([one, replace(one, effort="low")])
 
 
+def test_a_batch_costs_what_the_settings_say_and_nothing_less_by_itself():
+    from valuecot.settings import TeacherModel
+
+    assert Price(1.0, 1.0).batch == TeacherModel("openai", "m", input=1.0, output=1.0).batch == 1.0
+
+
 @pytest.mark.parametrize("name", ["rules", "transformers"])
 def test_an_effort_that_nobody_makes_is_refused_before_anything_is_asked(name):
     from valuecot.settings import load

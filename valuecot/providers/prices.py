@@ -23,7 +23,7 @@ class Price:
 
     input: float
     output: float  # thinking included
-    batch: float = 0.5  # share of the price that a batch costs
+    batch: float = 1.0  # share of the price that a batch costs
 
     def __post_init__(self):
         if min(self.input, self.output) < 0 or not 0 < self.batch <= 1:
