@@ -428,7 +428,7 @@ from valuecot.providers.requests import Request
 root, path, provider, base, n = sys.argv[1:]
 questions = [Request(provider, "m", (("user", f"Question {i}: what is fair here, and why?"),), 300) for i in range(int(n))]
 with Cache(path) as cache:
-    ask(questions, {f"{provider}/m": Batched(provider, PRICE, root + base, poll=0.02, grace=0.5, largest=10)}, cache, Policy(tries=30, first_wait=0.01, longest_wait=0.1))
+    ask(questions, {f"{provider}/m": Batched(provider, Price(0.05, 0.40, batch=0.5), root + base, poll=0.02, grace=0.5, largest=10)}, cache, Policy(tries=30, first_wait=0.01, longest_wait=0.1))
 """
 
 

@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict
 
 from valuecot.companion import pages
 from valuecot.data.world import generate
-from valuecot.providers.asking import Live, Policy, ask_all, seconds
+from valuecot.providers.asking import Backend, Live, Policy, ask_all, seconds
 from valuecot.providers.cache import Cache, Writer, export_replies, import_replies
 from valuecot.providers.prices import Price, usd
 from valuecot.providers.requests import Failed, Failure, Reply, Request, as_request, canonical
@@ -269,7 +269,7 @@ def test_a_limit_per_minute_is_kept(cache):
     assert time.monotonic() - start > 1.5
 
 
-class Broken:
+class Broken(Backend):
     "A backend with a mistake of its own."
 
     connections, price = 4, PRICE
@@ -412,7 +412,7 @@ def test_room_that_comes_while_a_question_is_refused_is_seen(cache, monkeypatch)
         released.set() if request is second else None
         return job
 
-    class Quick:
+    class Quick(Backend):
         connections, price = 2, PRICE
 
         async def ask(self, request):
@@ -846,7 +846,7 @@ def test_a_limit_and_an_outage_keep_the_providers_words():
 
 def test_nobody_sleeps_for_a_day(cache):
     "Retry-After: 86400 ends the question for this run, with the provider's words and wish; a minute is waited for."
-    class Far:
+    class Far(Backend):
         connections, price = 4, PRICE
 
         async def ask(self, request):

@@ -42,6 +42,10 @@ class Backend(Protocol):
 
     connections: int  # questions in flight at most
     price: Price
+    together = False  # its questions leave all at once, by `ask_many`
+
+    async def ready(self, request: Request) -> None:
+        "Wait until its limits let one more leave; here there are none."
 
     async def ask(self, request: Request) -> Reply:  # or raise Failed
         ...
@@ -50,7 +54,7 @@ class Backend(Protocol):
         ...
 
 # %% ../../nbs/providers/18_asking.ipynb #9fcca57c
-class Live:
+class Live(Backend):
     "A provider, or a server that speaks like one."
 
     def __init__(
@@ -73,6 +77,11 @@ class Live:
         self.questions = AsyncLimiter(per_minute, 60) if per_minute else None
         self.tokens = AsyncLimiter(tokens_per_minute, 60) if tokens_per_minute else None
         self.session: aiohttp.ClientSession | None = None
+
+    async def ready(self, request: Request) -> None:
+        for limit, amount in ((self.questions, 1), (self.tokens, request.max_tokens)):
+            if limit is not None:
+                await limit.acquire(min(amount, limit.max_rate))
 
     async def ask(self, request: Request) -> Reply:
         text = await self.call("POST", self.wire.url(self.base_url, request.model), json=self.wire.body(request))
@@ -207,9 +216,7 @@ async def ask_one(request: Request, backend: Backend, cache: Cache, gate: asynci
     "Until there is a reply or no hope."
     for tried in range(1, policy.tries + 1):
         try:
-            for limit, amount in ((getattr(backend, "questions", None), 1), (getattr(backend, "tokens", None), request.max_tokens)):
-                if limit is not None:
-                    await limit.acquire(min(amount, limit.max_rate))
+            await backend.ready(request)
             async with gate:
                 reply, kept = await one_try(request, backend, cache, policy.most, under_way)
             await asyncio.wrap_future(kept)
@@ -255,7 +262,7 @@ class Count:
             self.tally.unasked += 1
         elif (told := self.cache.failure(request)) and (told.billed or request.who not in self.backends):  # what was paid for is not asked again, what was free may be
             self.tally.failures.append(told)
-        elif (name := self.cache.batch_of(request)) and not hasattr(self.backends.get(request.who), "ask_many"):
+        elif (name := self.cache.batch_of(request)) and not (request.who in self.backends and self.backends[request.who].together):
             self.tally.failures.append(Failure(request.key, f"it left with batch {name}: set batched = yes to read it, or give it up by Cache.withdraw_batch", 0, False))
         elif request.who not in self.backends:
             self.tally.failures.append(Failure(request.key, f"nobody to ask: {request.who} is not available, and the reply is not in the cache", 0, False))
@@ -320,7 +327,7 @@ async def ask_all(
 ) -> Tally:
     "Replies to all questions, in the cache."
     policy, count = policy or Policy(), Count(backends, cache, total, progress)
-    gates = {name: asyncio.Semaphore(b.connections) for name, b in backends.items() if not hasattr(b, "ask_many")}
+    gates = {name: asyncio.Semaphore(b.connections) for name, b in backends.items() if not b.together}
     others, together = apart(requests, backends.keys() - gates.keys())
     feed, under_way, shown = iter(others), UnderWay(), asyncio.create_task(count.keep_showing())
     try:

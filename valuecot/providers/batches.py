@@ -493,6 +493,8 @@ async def look_in(backend: Batched, batch: OpenBatch, asking: Asking) -> None:
 class Batched(Live):
     "A provider that answers in batches, within a day, at the batch share of the price."
 
+    together = True
+
     def __init__(
         self,
         provider: str,  # openai, anthropic or google

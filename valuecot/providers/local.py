@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+from .asking import Backend
 from .prices import Price
 from .requests import Failed, Reply, Request
 from .wire import reply_of
@@ -35,7 +36,7 @@ def how(request: Request) -> dict[str, object]:
     return {"max_new_tokens": request.max_tokens, "do_sample": bool(given), "seed": request.parameters.get("seed", 0) + request.sample, **given}
 
 # %% ../../nbs/providers/21_local.ipynb #c507ad38
-class Local:
+class Local(Backend):
     "A causal language model as a backend."
 
     price = Price(0.0, 0.0)

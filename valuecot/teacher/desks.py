@@ -45,7 +45,7 @@ class RulesDesk(Desk):
         return Request(self.provider, self.model, (("user", prompt.text),), self.max_tokens, told)
 
 
-class Rules:
+class Rules(Backend):
     "The offline teacher as a backend: the same question, the same reply, on every machine."
 
     connections, price = 8, Price(0.0, 0.0)
