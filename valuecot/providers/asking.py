@@ -127,7 +127,7 @@ class Live(Backend):
             await self.session.close()
             self.session = None
 
-
+# %% ../../nbs/providers/18_asking.ipynb #0d6bf1a8
 def seconds(after: str | None) -> float | None:
     "Of a Retry-After header: a number, or a date."
     try:
@@ -296,7 +296,7 @@ class Count:
             await asyncio.sleep(5)
             self.show(0)
 
-
+# %% ../../nbs/providers/18_asking.ipynb #268c301f
 async def work(feed: Iterator[Request], count: Count, gates: dict[str, asyncio.Semaphore], policy: Policy, under_way: UnderWay) -> None:
     "Ask one after the other."
     for request in feed:

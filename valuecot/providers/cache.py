@@ -53,7 +53,7 @@ def connect(path: Path) -> sqlite3.Connection:
     except sqlite3.DatabaseError as error:
         raise ValueError(f"{path} is no cache of replies ({error}): move it away, and import an export of it") from None
 
-
+# %% ../../nbs/providers/15_cache.ipynb #1d92489b
 class Writer(threading.Thread):
     "Commits statements in groups."
 

@@ -133,7 +133,7 @@ def trace_in(want: Wanted, reply: Reply) -> Trace:
     "The trace in a reply."
     return as_trace(want.prompt, want.style, want.desk.name, read(reply, SCHEMAS[want.style]))
 
-
+# %% ../../nbs/teacher/44_asked.ipynb #fcc5789f
 @dataclass(frozen=True)
 class Collected:
     "What came of all wanted traces: each is in one of the two lists, or its question failed for a reason that may pass, or was not asked."
