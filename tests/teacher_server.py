@@ -22,7 +22,7 @@ from valuecot.data.world import generate
 from valuecot.teacher.rules import write_trace
 from valuecot.types import Prompt
 
-FAULTS = "rate_limited", "broken", "reset", "malformed", "hang", "truncated", "empty", "short", "repeated"
+FAULTS = "rate_limited", "broken", "reset", "malformed", "hang", "truncated", "empty", "short", "repeated", "slipped", "uncounted"
 SHARES = "errored", "expired", "missing", "duplicated", "nameless"
 PLAIN = "The same words for everyone, some after\u2028a break that ends no line. " * 20
 WRONG = (  # what a careless model writes instead of the object that was asked for
@@ -131,6 +131,8 @@ class Server:
             return WRONG[int(draw("wrong", question) * len(WRONG))](written(question))
         if fault == "empty" or self.plain:
             return "" if fault == "empty" else PLAIN
+        if fault == "slipped":  # all there, with a comma too many
+            return written(question).replace("}", ",}")
         kind = '"annealing_cot"' in question
         if fault != "repeated" or kind not in self.last:
             self.last[kind] = written(question)
@@ -156,7 +158,10 @@ class Server:
         if fault == "hang":
             await asyncio.sleep(3600)
         text = self.text(question, fault)
-        payload = json.dumps(form(model, text, (len(question) // 4, len(text) // 4)))
+        found = form(model, text, (len(question) // 4, len(text) // 4))
+        if fault == "uncounted":
+            del found["usage"]
+        payload = json.dumps(found)
         self.counts["billed"] += 1
         return web.Response(text=payload[: len(payload) // 2] if fault == "truncated" else payload, content_type="application/json")
 

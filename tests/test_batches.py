@@ -20,12 +20,12 @@ from valuecot.providers.asking import Live, Policy, ask_all
 from valuecot.providers.batches import QUEUES, Batched, cut
 from valuecot.providers.cache import TABLES, Cache, export_replies
 from valuecot.providers.prices import Price
-from valuecot.providers.requests import Request
+from valuecot.providers.requests import Failed, Request
 from valuecot.providers.wire import WIRES
 
 HERE = Path(__file__).parent
 KEY = "sk-planted-0123456789abcdef"
-PRICE = Price(0.05, 0.40)
+PRICE = Price(0.05, 0.40, batch=0.5)
 PROVIDERS = tuple(QUEUES)
 BASE = {"openai": "/v1", "anthropic": "", "google": ""}
 pytestmark = pytest.mark.filterwarnings("ignore:batch valuecot-")  # one test asks for the warning
@@ -300,6 +300,17 @@ def test_a_batch_that_leaves_in_this_moment_is_not_withdrawn(cache):
     assert cache.withdraw_batch("valuecot-x", "given-up", None).result()[0] == 1 and not cache.held("valuecot-x")
 
 
+def test_nobody_sleeps_for_a_day_over_a_batch():
+    from valuecot.providers.batches import patiently
+
+    async def once():
+        raise Failed("429 come back", again=True, wait=86_400.0)
+
+    with pytest.raises(Failed) as error:
+        asyncio.run(asyncio.wait_for(patiently(once, Policy()), 20))
+    assert error.value.reason == "429 come back, asks to wait 1,440 minutes"
+
+
 def test_nothing_to_ask_sends_nothing(cache):
     with queue_server() as (root, server):
         assert ask([], root, cache).replied == 0
@@ -417,7 +428,7 @@ from valuecot.providers.requests import Request
 root, path, provider, base, n = sys.argv[1:]
 questions = [Request(provider, "m", (("user", f"Question {i}: what is fair here, and why?"),), 300) for i in range(int(n))]
 with Cache(path) as cache:
-    ask(questions, {f"{provider}/m": Batched(provider, Price(0.05, 0.40), root + base, poll=0.02, grace=0.5, largest=10)}, cache, Policy(tries=30, first_wait=0.01, longest_wait=0.1))
+    ask(questions, {f"{provider}/m": Batched(provider, Price(0.05, 0.40, batch=0.5), root + base, poll=0.02, grace=0.5, largest=10)}, cache, Policy(tries=30, first_wait=0.01, longest_wait=0.1))
 """
 
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -27,16 +28,16 @@ from pydantic import BaseModel, ConfigDict
 
 from valuecot.companion import pages
 from valuecot.data.world import generate
-from valuecot.providers.asking import Live, Policy, ask_all, seconds
+from valuecot.providers.asking import Backend, Live, Policy, ask_all, seconds
 from valuecot.providers.cache import Cache, Writer, export_replies, import_replies
 from valuecot.providers.prices import Price, usd
-from valuecot.providers.requests import Failed, Reply, Request, as_request, canonical
+from valuecot.providers.requests import Failed, Failure, Reply, Request, as_request, canonical
 from valuecot.providers.structured import Malformed, read
 from valuecot.providers.wire import WIRES, read_reply
-from valuecot.teacher.asked import Desk, Quarantined, by_reason, collect, outcome, wanted, with_traces
+from valuecot.teacher.asked import Desk, Quarantined, by_reason, collect, commonest, outcome, wanted, with_traces
 from valuecot.teacher.audit import audit
 from valuecot.teacher.rules import write_trace
-from valuecot.teacher.schemas import StandardReply
+from valuecot.teacher.schemas import AnnealingReply, StandardReply
 from valuecot.types import Prompt
 
 HERE = Path(__file__).parent
@@ -227,7 +228,16 @@ def test_a_server_that_is_not_there(cache):
         tally = ask(questions(2), f"http://127.0.0.1:{closed.getsockname()[1]}", cache, Policy(tries=2, first_wait=0.01))
         port = closed.getsockname()[1]
     assert [f.reason for f in tally.failures] == [f"connection (ClientConnectorError): does a server run at http://127.0.0.1:{port}/v1/chat/completions?"] * 2
-    assert cache.ledger()[0]["failures"] == {"connection": 4}
+    assert cache.ledger()[0]["failures"] == {"connection": 4} and cache.spent == 0  # nobody was reached, so nobody can charge
+
+
+def test_a_server_that_does_not_take_the_call_costs_nothing(cache):
+    "Its queue of connections is full: the handshake never ends."
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.create_connection(full.getsockname()), socket.socket() as second:
+        second.setblocking(False)
+        second.connect_ex(full.getsockname())
+        tally = ask(questions(2), f"http://127.0.0.1:{full.getsockname()[1]}", cache, Policy(tries=1), timeout=0.8)
+    assert [f.reason for f in tally.failures] == ["timeout"] * 2 and cache.spent == 0
 
 
 def test_an_address_that_holds_nothing_is_named_without_its_secrets(cache, monkeypatch):
@@ -259,7 +269,7 @@ def test_a_limit_per_minute_is_kept(cache):
     assert time.monotonic() - start > 1.5
 
 
-class Broken:
+class Broken(Backend):
     "A backend with a mistake of its own."
 
     connections, price = 4, PRICE
@@ -285,6 +295,16 @@ def test_an_answer_that_no_file_can_hold_is_malformed(text, tokens):
     with pytest.raises(Failed, match="malformed answer") as error:
         read_reply("server", body)
     assert error.value.again and error.value.billed
+
+
+def test_a_paid_text_without_a_count_is_kept_at_the_most_it_can_cost(cache):
+    "Some servers report no usage: the text is bought once."
+    with server(uncounted=1.0) as (root, told):
+        tally = ask(questions(3), root, cache)
+        assert (tally.replied, told()["counts"]["requests"]) == (3, 3)
+    row = cache.ledger()[0]
+    assert cache.spent == row["usd_unsettled"] == pytest.approx(3 * PRICE.most(questions(1)[0]) / 1e9) and row["unanswered"] == 0
+    assert cache.reply(questions(1)[0]).output_tokens is None
 
 
 def test_one_reply_that_cannot_be_written_spoils_no_other(cache, monkeypatch):
@@ -392,7 +412,7 @@ def test_room_that_comes_while_a_question_is_refused_is_seen(cache, monkeypatch)
         released.set() if request is second else None
         return job
 
-    class Quick:
+    class Quick(Backend):
         connections, price = 2, PRICE
 
         async def ask(self, request):
@@ -510,6 +530,20 @@ def test_what_is_all_there_is_read(text):
     assert read(Reply(text, "m", 1, 1, "stop"), Choice) == Choice(**json.loads(WHOLE))
 
 
+COT = {"values": {"value_1": "duty", "value_2": "mercy"}, "response": {"cot": "He 'promised it', and that counts, {really}.", "final_response": "Keep it."}}
+PHASED = {"values": COT["values"], "annealing_cot": dict.fromkeys(("phase_1_high_temp", "phase_2_cooling", "phase_3_low_temp"), "So, [on]."), "final_model_response": "Keep it."}
+
+
+@pytest.mark.parametrize("kind, whole", [(StandardReply, COT), (AnnealingReply, PHASED)])
+@pytest.mark.parametrize("slip", [
+    lambda text: text, lambda text: text[:-1] + ",}", lambda text: text.replace('"}', '",}'), lambda text: text.replace("}, ", ",}, "), lambda text: re.sub('"([^"]*)"', "“\\1”", text),
+    lambda text: re.sub('"([^"]*)"', "“\\1”", text.replace("}}", "},}")),
+])  # fmt: skip
+def test_an_object_in_an_object_is_read_as_a_whole_with_its_slips(kind, whole, slip):
+    "The inner one can be read as it stands, and is not what was asked for."
+    assert read(Reply(f"Here:\n{slip(json.dumps(whole))}", "m", 1, 1, "stop"), kind) == kind(**whole)
+
+
 def test_curly_quotes_and_line_breaks_are_read():
     assert read(Reply("{“value”: “duty”, “why”: “it was\npromised”,}", "m", 1, 1, "stop"), Choice).why == "it was\npromised"
     assert read(Reply('{"value": "duty", "why": "she said “go”, and “stay”"}', "m", 1, 1, "stop"), Choice).why == "she said “go”, and “stay”"
@@ -543,9 +577,10 @@ def traced(n: int, root: str, cache: Cache, policy: Policy = QUICK, connections:
 
 
 def test_every_prompt_ends_as_a_trace_or_a_reason(cache):
-    with server(malformed=0.25) as (root, told):
+    with server(malformed=0.25, slipped=0.2) as (root, told):
         traces, aside, tally = traced(60, root, cache)
         counts = told()["counts"]
+    assert counts["slipped"] > 10
     assert len(traces) + len(aside) == 120 and len({(t.prompt_id, t.style) for t in traces} | {(q.prompt_id, q.style) for q in aside}) == 120
     assert 0 < len(aside) < 25 and counts["requests"] == 120 + counts["malformed"] - len(aside)  # each that did not fit was asked once more
     assert all(q.reason and q.text for q in aside) and sum(row["count"] for row in by_reason(aside)) == len(aside)
@@ -654,6 +689,41 @@ def test_replies_that_answer_nothing_are_an_error(cache, tmp_path):
     assert cache.reply(wants[0].request).text == "fine"
 
 
+def test_two_files_of_which_the_second_does_not_agree_change_nothing(cache, tmp_path):
+    from valuecot.geometry.traces import take
+
+    wants = list(wanted(generate(3, seed=0), ("standard",), lambda p: desk(), 60))
+    (tmp_path / "theirs").mkdir()
+    for name, places, text in (("a", (0, 1), "a"), ("b", (1, 2), "b")):
+        with Cache(tmp_path / f"{name}.sqlite") as theirs:
+            for i in places:
+                theirs.keep(wants[i].request, Reply(text, "m", 1, 1, "stop"), "live").result()
+            export_replies(theirs, tmp_path / "theirs" / f"{name}.jsonl.gz")
+    with pytest.raises(ValueError, match="1 questions of .*a.jsonl.gz, .*b.jsonl.gz, or these do not agree.*nothing was imported"):
+        take(cache, tmp_path / "theirs", wants)
+    cache.keep(wants[2].request, Reply("mine", "m", 1, 1, "stop"), "live").result()
+    with pytest.raises(ValueError, match="nothing was imported"):
+        take(cache, tmp_path / "theirs", wants)
+    assert cache.db.execute("SELECT COUNT(*) FROM replies").fetchone() == (1,)
+
+
+def test_different_reasons_are_counted_apart_and_kept_whole():
+    long = "values.value_1 has 4 words, at most three allowed; values.value_2 is {}"
+    aside = [Quarantined(str(i), "standard", "t", long.format("missing" if i < 3 else "blank"), "") for i in range(5)]
+    assert [(r["reason"][-7:], r["count"]) for r in by_reason(aside)] == [("s blank", 2), ("missing", 3)]
+    assert outcome([], aside) == f"0 traces, 5 put aside: 3 x {long.format('missing')}; 2 x {long.format('blank')}"
+    assert commonest((str(i) for i in range(4)), most=2) == "1 x 0; 1 x 1; ..."
+
+
+def test_the_ledger_names_what_went_wrong(cache):
+    from valuecot.settings import load
+    from valuecot.teacher.desks import backends, questions, teachers_of
+
+    settings = load("tiny")
+    collect(questions(settings, [Prompt("short", "Hm.", "", "care", "honesty", "")]), backends(teachers_of(settings).values())[0], cache)
+    assert cache.ledger()[0]["failures"] == {"unfit": 2}
+
+
 def test_the_stage_says_what_is_missing_and_keeps_what_came(prompts_only, tmp_path, monkeypatch):
     with server() as (root, told):
         with pytest.raises(RuntimeError, match="cap of .* raise geometry.traces.cap"):
@@ -756,6 +826,38 @@ def test_a_key_is_hidden_also_where_a_message_is_cut(monkeypatch):
     for place in range(150, 210):
         assert "sk-pl" not in live.refused(400, None, "x" * place + KEY).reason
     assert live.refused(400, None, "the prompt is too long").lasting and not live.refused(400, None, "API key not valid").lasting and not live.refused(400, None, "your credit balance is too low").lasting
+    told = '{"error": {"message": "flagged: who keeps the balance, and may I give him credit, with her permission?"}}'
+    assert live.refused(400, None, told).lasting, "the question's own words say nothing about the account"
+
+
+EMPTY_ACCOUNT = json.dumps({"error": {"message": "You exceeded your current quota, please check your plan and billing details. " + "See the documents. " * 12, "type": "insufficient_quota", "code": "insufficient_quota"}})
+GOOGLES = json.dumps({"error": {"code": 429, "message": "You exceeded your current quota, please check your plan and billing details.", "status": "RESOURCE_EXHAUSTED"}})
+
+
+def test_a_limit_and_an_outage_keep_the_providers_words():
+    live = Live("server", PRICE, "http://localhost:1/v1")
+    found = live.refused(429, "2", '{"error": {"message": "60 requests per minute"}}')
+    assert (found.again, found.wait, found.kind) == (True, 2.0, "429") and "60 requests per minute" in found.reason
+    assert "overloaded until 9" in live.refused(503, None, "overloaded until 9").reason
+    empty, passing = live.refused(429, None, EMPTY_ACCOUNT), live.refused(429, None, GOOGLES)
+    assert not empty.again and not empty.lasting and "exceeded your current quota" in empty.reason
+    assert passing.again, "Google says so of a limit per minute"
+
+
+def test_nobody_sleeps_for_a_day(cache):
+    "Retry-After: 86400 ends the question for this run, with the provider's words and wish; a minute is waited for."
+    class Far(Backend):
+        connections, price = 4, PRICE
+
+        async def ask(self, request):
+            raise Failed("429 come back", again=True, wait=86_400.0)
+
+        async def close(self):
+            pass
+
+    tally = asyncio.run(asyncio.wait_for(ask_all(questions(2), {"server/m": Far()}, cache, Policy()), 20))
+    assert [(f.reason, f.tries, f.lasting) for f in tally.failures] == [("429 come back, asks to wait 1,440 minutes", 1, False)] * 2
+    assert 60 <= Policy().again(Failed("429", again=True, wait=60.0), 1) <= 61 and Policy().again(Failed("429", again=True), 6) is None
 
 
 def test_what_a_gateway_breaks_off_may_have_been_paid_for():
@@ -772,6 +874,29 @@ def test_two_teachers_that_ask_one_model_in_two_ways_are_refused():
     assert list(backends([one, one])[0]) == ["server/m"]
     with pytest.raises(ValueError, match="two teachers ask server/m in different ways"):
         backends([one, replace(one, effort="low")])
+
+
+def test_a_batch_costs_what_the_settings_say_and_nothing_less_by_itself():
+    from valuecot.settings import TeacherModel
+
+    assert Price(1.0, 1.0).batch == TeacherModel("openai", "m", input=1.0, output=1.0).batch == 1.0
+
+
+@pytest.mark.parametrize("name", ["rules", "transformers"])
+def test_an_effort_that_nobody_makes_is_refused_before_anything_is_asked(name):
+    from valuecot.settings import load
+
+    with pytest.raises(ValueError, match=f"effort = low does nothing with provider = {name}"):
+        load("tiny", f"teacher.{name}.effort=low")
+
+
+def test_a_parameter_that_is_unknown_lies_in_the_settings_and_not_in_the_question():
+    from valuecot.providers.local import how
+
+    for refuses in (how, WIRES["anthropic"].body):
+        with pytest.raises(Failed, match="takes no colour") as error:
+            refuses(questions(1, parameters={"colour": "red"})[0])
+        assert not error.value.lasting and not error.value.again
 
 
 FEW = "geometry.sft_prompts=20 geometry.grpo_prompts=1 geometry.heldout_prompts=15 geometry.traces.teachers="
@@ -804,6 +929,42 @@ def test_a_key_or_folder_that_will_be_missing_is_told_before_a_study_begins(bill
             job = cache.keep(want.request, Reply("fine", "m", 1, 1, "stop"), "live")
         job.result()
     assert billed("check", "gpt-5-nano") == (0, "")  # all replies are here: a replay needs no key
+
+
+def test_a_reply_that_was_refused_and_paid_for_is_no_question_left(billed):
+    "The stage puts it aside and asks nobody again; what was refused for free is asked again, where somebody can be."
+    from valuecot.settings import load
+    from valuecot.teacher.bill import planned_prompts
+    from valuecot.teacher.desks import estimate, questions, replies_path, teachers_of
+
+    settings = load("tiny", FEW + "gpt-5-nano")
+    wants, models = questions(settings, planned_prompts(settings)[0]), teachers_of(settings)
+    with Cache(replies_path()) as cache:
+        for want in wants[1:]:
+            cache.keep(want.request, Reply("fine", "m", 1, 1, "stop"), "live")
+        cache.refuse(wants[0].request, Failure(wants[0].request.key, "refusal", 1, True, billed=True)).result()
+        assert estimate(wants, models, cache, 45)[0]["on_disk"] == 70
+    assert billed("check", "gpt-5-nano") == (0, "")
+    with Cache(replies_path()) as cache:
+        cache.refuse(wants[0].request, Failure(wants[0].request.key, "400 too long", 1, True)).result()
+        able = estimate(wants, models, cache, 45)[0]
+        assert (able["on_disk"], able["usd_at_most"] > 0) == (69, True) and estimate(wants, models, cache, 45, unable=["gpt-5-nano"])[0]["on_disk"] == 70
+    assert billed("check", "gpt-5-nano") == (0, "")
+
+
+@pytest.mark.parametrize("form", [("--set={}",), ("--set", "{}"), ("--se", "{}")])
+def test_a_check_looks_at_the_study_that_it_is_asked_about(form, billed, capsys):
+    "The traces of the plain profile are there; those of another teacher are not, however SET is written."
+    from valuecot.flow.plan import Job, Plan
+    from valuecot.store import write_json
+    from valuecot.teacher import bill
+
+    plan, traces = Plan("tiny", "geometry"), Job("geometry", "traces")
+    for job in (Job("geometry", "prompts"), traces):
+        write_json(plan.run_file(job), {"key": plan.key(job)})
+    assert bill.why(plan, traces) == "" and bill.main(["check"]) == 0
+    status, said = bill.main(["check", *(word.format(FEW + "gpt-5-nano") for word in form)]), capsys.readouterr().err
+    assert status == 2 and "set OPENAI_API_KEY" in said
 
 
 def test_a_plan_says_what_it_downloads_and_whether_the_cap_is_wide_enough(billed):

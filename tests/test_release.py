@@ -13,11 +13,11 @@ from valuecot.flow.run import begin
 from valuecot.geometry import release as stage_module
 from valuecot.geometry.release import run_release, stage
 from valuecot.settings import load
-from valuecot.store import read_json, read_records, write_records
+from valuecot.store import read_json, read_records, write_json, write_records
 from valuecot.teacher.asked import Quarantined
 from valuecot.teacher.audit import Finding
 from valuecot.providers.requests import Reply
-from valuecot.teacher.release import COLUMNS, card, origin, released, without_quotes
+from valuecot.teacher.release import COLUMNS, card, origin, released, unsent, upload, without_quotes
 from valuecot.types import Prompt, Trace
 
 
@@ -62,7 +62,7 @@ def test_the_card_is_one_and_names_what_it_must(begun):
     told = run_release(begun)
     data = DatasetCard(told).data.to_dict()
     assert data["license"] == "apache-2.0" and [f["path"] for f in data["configs"][0]["data_files"]] == ["data/heldout.parquet", "data/sft.parquet"]
-    for part in ("## Prompts", "## Teachers", "`rules`", "## Counts", "| heldout | rules | annealing |", "## What the audit saw", "## Put aside", "## The same again", "### annealing", "{prompt}"):
+    for part in ("## Prompts", "## Teachers", "`rules`", "## Counts", "| heldout | rules | annealing |", "## What the audit saw", "## Put aside", "## The same again"):
         assert part in told, part
 
 
@@ -86,7 +86,7 @@ def test_a_reason_may_quote_and_is_withheld_too(begun):
 
 @pytest.mark.parametrize("reason", [
     "empty reply (stop)", "empty reply (content_filter)", "refusal", "refusal (SAFETY)", "cut off: the reply reached its longest length", "no JSON object in the reply", "2 different objects in the reply, one asked",
-    "no matched form: 1 phases, 20 words", "values.value_2 is missing", "values.value_1 has 5 words, at most three allowed; response.cot is blank",
+    "values.value_2 is missing", "values.value_1 has 5 words, at most three allowed; response.cot is blank",
 ])  # fmt: skip
 def test_a_reason_that_quotes_nothing_is_told(reason):
     assert without_quotes(reason) == reason
@@ -119,12 +119,27 @@ def test_the_card_describes_every_column_and_what_was_lost(begun):
     files = [str(p) for p in (begun.out / "data").glob("*.parquet")]
     columns = load_dataset("parquet", data_files=files, split="train", cache_dir=str(begun.out.parent / "cache")).column_names
     assert list(COLUMNS) == columns and all(f"| `{c}` |" in told for c in columns) and "withheld here" not in told
-    for part in ("load_dataset(", "made from standard and annealing: is it length?", "`{words}` is 45", "another value pair", "revision ", "written on 20", "A style has fewer rows"):
+    for part in ("load_dataset(", "made from standard and annealing: is it length?", "another value pair", "revision ", "written on 20", "A style has fewer rows"):
         assert part in told, part
     aside = [Quarantined(name, "annealing", "rules", "refusal", "") for name in ("a", "a", "b")]
     assert "2 of 8 prompts (25.0 %)" in card(load("test"), [], aside, 8, {}, "today")
     live = card(load("test", "geometry.traces.teachers=gpt-5-nano"), [], [], 8, {}, "today")
     assert "gpt-5-nano, effort as the provider has it, at most 4,096 tokens of a reply" in live
+
+
+def test_the_card_tells_what_was_asked_and_of_whom():
+    "A folder without {words} asks for no length; rules read no template."
+    live, rules = load("test", "geometry.traces.teachers=gpt-5-nano"), load("test")
+    told = card(live, [], [], 8, {"standard": "Think about {prompt}"}, "today")
+    assert "`{words}` is" not in told and "words asked for" not in told and "no length was asked for" in told and "### standard" in told
+    assert "`{words}` is 45" in card(live, [], [], 8, {"standard": "Think about {prompt} in {words} words"}, "today")
+    assert "How the teachers were asked" not in card(rules, [], [], 8, {"standard": "Think about {prompt}"}, "today")
+
+
+def test_the_day_of_a_data_set_is_that_of_its_run(tmp_path):
+    write_json(tmp_path / "run.json", {"revision": "a" * 40, "dirty": False, "finished": "2024-02-03T04:05:06Z"})
+    (tmp_path / "traces.jsonl").write_text("")  # written today, as any copy is
+    assert stage_module.made_by(tmp_path) == "written on 2024-02-03 by revision aaaaaaaaaaaa"
 
 
 def test_findings_in_one_split_alone_still_load(begun, tmp_path):
@@ -159,6 +174,32 @@ def test_publishing_needs_a_release_a_name_and_a_network(outputs, tmp_path):
     offline = publish(outputs, "test", "owner/name")
     assert offline.returncode == 2 and "nothing was published" in offline.stderr and "Traceback" not in offline.stderr
     assert "https://huggingface.co did not take it" in offline.stderr and "token with write access" in offline.stderr
+
+
+@pytest.mark.parametrize("kind, public", [("dataset", False), ("model", False), ("model", True)])
+def test_nothing_is_sent_where_more_could_read_it_than_was_said(kind, public, tmp_path, monkeypatch):
+    asked = []
+
+    class Hub:
+        private = not public
+
+        def create_repo(self, name, repo_type, private, exist_ok):
+            asked.append((repo_type, private))
+
+        def repo_info(self, name, repo_type):
+            return self
+
+        def upload_folder(self, **more):
+            asked.append((more["repo_type"], more["delete_patterns"]))
+            return "there"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert upload(kind, "owner/name", tmp_path, public, "told", delete_patterns=["*"]) == "there" and asked == [(kind, not public), (kind, ["*"])]
+    Hub.private = public
+    with pytest.raises(ValueError, match="owner/name is " + ("private: leave PUBLIC out" if public else "public: make it private first")):
+        upload(kind, "owner/name", tmp_path, public, "told")
+    assert len(asked) == 3 and unsent(ValueError("owner/name is public")) == "error: nothing was published: owner/name is public"
+    assert "did not take it (OSError: no route)" in unsent(OSError("no route")) and "token with write access" in unsent(OSError("no route"))
 
 
 def test_publishing_sends_the_release_alone_and_in_private(outputs, monkeypatch):

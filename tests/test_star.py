@@ -213,6 +213,18 @@ def test_hints_cost_only_the_rationalisations(cache):
     assert [r for r in plain.rows if r.origin == "first"] == [r for r in hinted.rows if r.origin == "first"]
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_limit_holds_over_both_passes(cache):
+    "Fifty leave at once, each further one waits a second; in another event loop nobody would know what has left."
+    right = [star_letter(star_wording(q, "first")) == q.gold for q in questions()]
+    asked = sorted((q for q in questions()), key=lambda q: right[int(q.id[1:])])[sum(not r for r in right) - 2 :][:50]
+    with server() as (root, told):
+        found = star(asked, lambda q: DESK, {"server/m": Live("server", PRICE, f"{root}/v1", per_minute=50)}, cache, False)
+        assert (len(found.rows), told()["counts"]["requests"]) == (50, 52)
+    times = [at for (at,) in cache.db.execute("SELECT at FROM sends ORDER BY at")]
+    assert times[-1] - times[0] > 1.5
+
+
 def test_what_is_put_aside_says_why(cache):
     asked = questions(12)
     asked[3] = replace(asked[3], scenario="word " * 400_000)  # the server takes a megabyte

@@ -10,13 +10,17 @@ from valuecot.data.conflictscope import load_folder
 from valuecot.data.world import generate
 from valuecot.teacher import rules, styles, templates
 from valuecot.teacher.controls import controls, derive
-from valuecot.teacher.audit import check_trace, quoted
+from valuecot.teacher.audit import audit, quoted
 from valuecot.teacher.rules import write_trace
 from valuecot.teacher.styles import Style, assemble, disassemble
 from valuecot.types import Prompt, Trace
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "conflictscope"
 PHASES = ("Explore 'a b'.\n\nMore.", "Weigh it.", "Do it.")
+
+
+def seen(prompt, trace, words=None):
+    return [f.detail for f in audit([prompt], [trace], words)]
 
 
 def length(trace):
@@ -71,7 +75,7 @@ def test_an_entry_is_enough_for_a_new_style(monkeypatch):
     monkeypatch.setitem(styles.STYLES, "backwards", Style("backwards", ("converge", "cool", "explore"), ("Act", "Weigh", "Look")))
     prompt = generate(1, seed=0)[0]
     trace = write_trace(prompt, "backwards", 60, seed=0)
-    assert trace.reasoning.startswith("Act: ") and check_trace(prompt, trace, 60) == []
+    assert trace.reasoning.startswith("Act: ") and seen(prompt, trace, 60) == []
 
 
 def test_the_rules_teacher_names_roles_that_it_cannot_write(monkeypatch):
@@ -122,7 +126,7 @@ def test_bad_template_folders(tmp_path):
 def check_pair(prompt, words, seed=0):
     pair = [write_trace(prompt, name, words, seed) for name in ("standard", "annealing")]
     for trace in pair:
-        assert check_trace(prompt, trace, words) == [], (prompt, trace)
+        assert seen(prompt, trace, words) == [], (prompt, trace)
     a, b = map(length, pair)
     assert abs(a - b) <= 0.1 * max(a, b)
     assert pair[0].response == pair[1].response and pair[0].teacher == pair[1].teacher == "rules"
@@ -158,7 +162,7 @@ ODD = [
 def test_odd_texts_do_not_break_a_trace(text):
     prompt = Prompt("x", text, "mine", "care", "privacy", "cc")
     for name in styles.ASKED:
-        found = check_trace(prompt, write_trace(prompt, name, 60, seed=0), 60)
+        found = seen(prompt, write_trace(prompt, name, 60, seed=0), 60)
         assert found == [] or (text.startswith("word") and "details" in found[0])  # one word repeated has one detail
 
 
@@ -170,7 +174,7 @@ def test_a_prompt_too_short_to_quote_is_refused():
 def test_values_that_the_teacher_does_not_know():
     prompt = replace(generate(1, seed=0)[0], value_1="inner_peace", value_2="being a very good sport indeed")
     trace = write_trace(prompt, "annealing", 80, seed=0)
-    assert (trace.value_1, trace.value_2) == ("inner peace", "being a very") and check_trace(prompt, trace, 80) == []
+    assert (trace.value_1, trace.value_2) == ("inner peace", "being a very") and seen(prompt, trace, 80) == []
 
 
 def test_traces_are_seeded_and_varied():
@@ -205,12 +209,13 @@ def broken(trace, **change):
     return replace(trace, phases=phases, reasoning=change.pop("reasoning", assemble(trace.style, phases)), **change)
 
 
-def test_check_trace_sees_each_violation():
+def test_the_audit_sees_each_violation():
     prompt = generate(1, seed=0)[0]
     trace = write_trace(prompt, "annealing", 70, seed=0)
     explore, cool, converge = trace.phases
     cases = {
         "0 details quoted": broken(trace, phases=tuple(p.replace("'", "") for p in trace.phases)),
+        "1 details quoted": broken(trace, phases=tuple(p.replace("'", "") for p in trace.phases[:2]) + (f"It is 'a' case of 'the' {prompt.value_1}: '{' '.join(prompt.text.split()[:3])}'.",)),
         "value name of 4 words": broken(trace, value_1="a b c d"),
         "'courage' is not named": broken(trace, value_2="courage"),
         "sentence of": broken(trace, phases=(explore, cool, converge + " And" + " so" * 21 + ".")),
@@ -221,7 +226,7 @@ def test_check_trace_sees_each_violation():
         "words, 140 asked": trace,
     }
     for message, case in cases.items():
-        found = check_trace(prompt, case, 140 if case is trace else None)
+        found = seen(prompt, case, 140 if case is trace else None)
         assert any(message in f for f in found), (message, found)
 
 

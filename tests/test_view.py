@@ -17,6 +17,7 @@ import pytest
 import torch
 from valuecot.geometry import report
 from valuecot.settings import load
+from valuecot.stats import mean_se, wilson
 from valuecot.types import Arm, Landscape, Prompt, Rollout, Trace
 from valuecot.view import browser, curves, landscapes, lengths, tables, theme
 
@@ -310,6 +311,21 @@ def test_eigenvalue_table_names_each_variation():
     assert math.isnan(single["lambda_1 SE over seeds (nats)"].iloc[0])
     page = str(report.shown(single, prompts=5))
     assert "110 ± 6" in page and "disjoint subsets of 5 held-out prompts" in page and "3 subsets of 100" in page
+
+
+def test_the_error_over_prompts_is_not_that_over_seeds():
+    "Three seeds that wrote the same are no more prompts; an arm that does not think has no rate."
+    one = [{"model": "llama", "arm": arm, "teacher": "a", "prompt_id": f"p{i}", "well_formed": i < 3, "reward": None if i == 4 else float(i), "words": 10 * i} for arm in ("base", "annealing") for i in range(5)]
+    once, thrice = (report.by_teacher(pd.DataFrame([row | {"seed": seed} for row in one for seed in range(n)]), {"annealing"}) for n in (1, 3))
+    same = [c for c in once.columns if c not in ("samples", "scored")]
+    pd.testing.assert_frame_equal(once[same], thrice[same])
+    base, annealing = thrice.to_dict("records")
+    assert base["well_formed"] is None or math.isnan(base["well_formed"])
+    assert annealing["well_formed"] == pytest.approx(0.6) and (annealing["well_formed_low_95"], annealing["well_formed_high_95"]) == pytest.approx(wilson(3, 5))
+    assert (annealing["prompts"], annealing["samples"], annealing["scored"]) == (5, 15, 12)
+    assert annealing["reward_se"] == pytest.approx(mean_se([0.0, 1.0, 2.0, 3.0], "prompts").se) and annealing["words_se"] == pytest.approx(mean_se([0.0, 10.0, 20.0, 30.0, 40.0], "prompts").se)
+    shown = tables.measured(thrice, reward="reward", words="words")
+    assert shown["well formed (95 %)"][0] == "–" and shown["well formed (95 %)"][1].startswith("0.60 (") and shown["words ± SE"][0] == "20 ± 7"
 
 
 HOSTILE = "<script>alert(1)</script> | **b** `c` $5 and $6 [x](javascript:1) {cite}`k`\nnext"

@@ -123,6 +123,8 @@ class TeacherModel:
             raise ValueError(f"a teacher with provider = server needs a base_url, such as http://localhost:8000/v1 (model {self.model})")
         if self.base_url and not re.match(r"https?://\w", self.base_url):
             raise ValueError(f"base_url = {self.base_url!r} is no address: it begins with http:// or https://, such as http://localhost:8000/v1 (model {self.model})")
+        if self.effort and self.provider in ("transformers", "rules"):
+            raise ValueError(f"effort = {self.effort} does nothing with provider = {self.provider}: leave it empty (model {self.model})")
         if self.batched and self.provider not in ("openai", "anthropic", "google"):
             raise ValueError(f"a teacher with batched = yes has provider openai, anthropic or google: {self.provider} has no batch queue (model {self.model})")
 

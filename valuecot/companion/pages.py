@@ -52,7 +52,6 @@ STAGES = {  # in the order of the data flow; a stage that is not here comes last
     "judge": "Judged samples",
     "score": "Scores",
     "spectrum": "Spectrum",
-    "matrix": "Arm by target matrix",
     "range": "Landscape range",
     "landscape": "Landscape",
     "report": "Report",

@@ -13,7 +13,7 @@ from ..store import digest
 from ..types import Prompt
 
 # %% auto #0
-__all__ = ['allocate', 'stratum', 'deal', 'check_sizes', 'split_prompts', 'share', 'counts']
+__all__ = ['allocate', 'stratum', 'deal', 'check_sizes', 'split_prompts', 'share', 'traced', 'counts']
 
 # %% ../../nbs/data/22_splits.ipynb #c1cc07c3
 def allocate(
@@ -109,6 +109,11 @@ def share(prompts: list[Prompt], fraction: float) -> list[Prompt]:  # in their o
     return [p for p in prompts if p.id in chosen]
 
 # %% ../../nbs/data/22_splits.ipynb #221de01f
+def traced(prompts: list[Prompt]) -> list[Prompt]:
+    "Prompts that get traces: those of fine-tuning, and those that are only measured on."
+    return [p for p in prompts if p.split in ("sft", "heldout")]
+
+
 def counts(
     prompts: list[Prompt],  # after the split
 ) -> list[dict[str, str | int]]:  # one row per value set and pair, with prompts per split and subset

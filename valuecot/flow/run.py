@@ -174,7 +174,7 @@ def provenance(plan: Plan, job: Job, key: dict[str, str], parameters: dict[str, 
         "files": hash_folder(folder, skip=("run.ipynb", "run.json")),
         "revision": commit, "dirty": dirty, **environment(),
         "device": record.get("device", "cpu"), "dtype": record.get("dtype", ""), "threads": os.environ.get("OMP_NUM_THREADS", ""),
-        "counts": record.get("counts", {}), "seconds": round(seconds, 1),
+        "counts": record.get("counts", {}), "seconds": round(seconds, 1), "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 # %% ../../nbs/flow/14_run.ipynb #ea7fac37

@@ -4,24 +4,25 @@
 
 # %% auto #0
 __all__ = ['stage', 'fault_table', 'seen_table', 'examples', 'length_rows', 'length_table', 'difference_table', 'notes',
-           'entries', 'words_asked', 'run_audit']
+           'entries', 'run_audit']
 
 # %% ../../nbs/geometry/25_audit.ipynb #ed9a7020
 import html
 
 import pandas as pd
 
+from ..data.splits import traced
 from ..flow.plan import Stage
 from ..flow.run import finish
-from ..settings import Traces, root
 from ..stats import mean_se, wilson
-from ..store import read_records, write_records, write_text
+from ..store import read_records, write_records
 from ..teacher.asked import Quarantined, by_reason
 from ..teacher.audit import Finding, audit, rates
 from ..teacher.styles import ASKED, STYLES, alike, length
-from ..teacher.templates import read_templates
+from ..teacher.templates import templates_of, words_asked
 from ..types import Prompt, Run, Trace
 from ..view.browser import Browser, Entry
+from ..view.gather import write_table
 from ..view.lengths import lengths_figure
 from ..view.tables import Html, traces_table
 
@@ -40,7 +41,7 @@ def seen_table(table: pd.DataFrame) -> pd.DataFrame:
     "Faults that were seen, one column for each teacher and style."
     seen = table[table.groupby("kind")["traces"].transform("sum") > 0]
     text = [f"{r.traces} of {r.of} ({100 * r.low_95:.0f} to {100 * r.high_95:.0f} %)" for r in seen.itertuples()]
-    wide = seen.assign(text=text, column=seen["teacher"] + ", " + seen["style"]).pivot(index="kind", columns="column", values="text")
+    wide = seen.assign(text=text, column=seen["teacher"] + ", " + seen["style"]).pivot(index="kind", columns="column", values="text").fillna("–")
     order = sorted(wide.columns, key=lambda name: (name.rpartition(", ")[0], list(STYLES).index(name.rpartition(", ")[2])))
     return wide.loc[list(dict.fromkeys(seen["kind"])), order].reset_index()
 
@@ -102,26 +103,21 @@ def entries(prompts: list[Prompt], traces: list[Trace], findings: list[Finding],
         pages.append(Entry(p.id, marks, Html(traces_table(p, by[p.id]).text + notes(found))))
     return tuple(pages)
 
-# %% ../../nbs/geometry/25_audit.ipynb #29d01b0c
-def words_asked(settings: Traces) -> int | None:
-    "Words that teachers were told; None where a template of the user's does not tell them."
-    own = read_templates(root() / settings.templates) if settings.templates else {}
-    return settings.words if all("{words}" in own.get(style, "{words}") for style in ASKED) else None
-
 # %% ../../nbs/geometry/25_audit.ipynb #48419a9a
 def run_audit(run: Run) -> dict[str, object]:  # name -> table, figure or page
     "Write every table as CSV and the figure as PNG."
     folder = run.folder("traces")
-    prompts = [p for p in read_records(run.folder("prompts") / "prompts.jsonl", Prompt) if p.split in ("sft", "heldout")]
+    prompts = traced(read_records(run.folder("prompts") / "prompts.jsonl", Prompt))
     traces, aside = read_records(folder / "traces.jsonl", Trace), read_records(folder / "quarantine.jsonl", Quarantined)
     controls = read_records(folder / "controls.jsonl", Trace)
-    words = words_asked(run.settings["geometry.traces"])
+    settings = run.settings["geometry.traces"]
+    words = words_asked(templates_of(settings), settings.words)
     findings = audit(prompts, traces, words)
     write_records(run.out / "findings.jsonl", findings)
     rows = length_rows([*traces, *controls])
     made = {"faults": fault_table(findings, traces), "examples": examples(findings), "put_aside": pd.DataFrame(by_reason(aside)), "lengths": length_table(rows), "length_differences": difference_table(rows)}
     for name, table in made.items():
-        write_text(run.out / f"{name}.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+        write_table(run, name, table)
     asked = rows[rows["style"].isin(ASKED)]
     made["figure"] = lengths_figure(asked, "Words of reasoning", f"profile {run.profile}, {asked.prompt_id.nunique()} prompts; headers of phases left out.")
     made["figure"].save_png(run.out / "lengths.png")

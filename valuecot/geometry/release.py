@@ -7,17 +7,16 @@ __all__ = ['stage', 'made_by', 'run_release', 'publish', 'main']
 
 # %% ../../nbs/geometry/28_release.ipynb #722e01cb
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
+from ..data.splits import traced
 from ..flow.plan import Job, Plan, Stage
 from ..flow.run import check_complete, finish
-from ..settings import root
 from ..store import read_json, read_records, write_bytes, write_text
 from ..teacher.asked import Quarantined
 from ..teacher.audit import Finding
-from ..teacher.release import card, released, released_rows
-from ..teacher.templates import TEMPLATES, read_templates
+from ..teacher.release import card, released, released_rows, unsent, upload
+from ..teacher.templates import templates_of
 from ..types import Prompt, Run, Trace
 
 # %% ../../nbs/geometry/28_release.ipynb #a96e17df
@@ -26,8 +25,9 @@ stage = Stage("release", reads=("geometry", "geometry.traces", "teacher.{teacher
 # %% ../../nbs/geometry/28_release.ipynb #38794cb3
 def made_by(folder: Path) -> str:
     "Day and revision of the traces in a folder."
-    record, day = read_json(folder / "run.json"), datetime.fromtimestamp((folder / "traces.jsonl").stat().st_mtime, UTC).date()
-    return f"written on {day} by revision {record['revision'][:12]}{' with uncommitted changes' if record['dirty'] else ''}"
+    record = read_json(folder / "run.json")
+    day = f"on {record['finished'][:10]} " if "finished" in record else ""  # runs of before do not tell
+    return f"written {day}by revision {record['revision'][:12]}{' with uncommitted changes' if record['dirty'] else ''}"
 
 
 def run_release(run: Run) -> str:  # the card
@@ -45,9 +45,7 @@ def run_release(run: Run) -> str:  # the card
     for split in sorted({r["split"] for r in rows}):
         (run.out / "data").mkdir(exist_ok=True)
         Dataset.from_list([r for r in rows if r["split"] == split], features=features).to_parquet(run.out / "data" / f"{split}.parquet")
-    own = run.settings["geometry.traces"].templates
-    count = sum(p.split in ("sft", "heldout") for p in prompts)
-    told = card(run.settings, rows, aside, count, read_templates(root() / own) if own else TEMPLATES, made_by(folder))
+    told = card(run.settings, rows, aside, len(traced(prompts)), templates_of(run.settings["geometry.traces"]), made_by(folder))
     write_text(run.out / "README.md", told)
     if released(data):
         write_bytes(run.out / "replies.jsonl.gz", (folder / "replies.jsonl.gz").read_bytes())
@@ -57,17 +55,11 @@ def run_release(run: Run) -> str:  # the card
 # %% ../../nbs/geometry/28_release.ipynb #846fb23a
 def publish(profile: str, repository: str, overrides: str = "") -> str:  # where it is
     "Send a profile's release to the Hugging Face hub, to a private data set; what an earlier one held there goes."
-    from huggingface_hub import HfApi
-
     plan = Plan(profile, "geometry", overrides)
     folder = plan.run_file(Job("geometry", "release")).parent
     check_complete("release/all/all/all", folder, plan)
-    hub = HfApi()
-    hub.create_repo(repository, repo_type="dataset", private=True, exist_ok=True)
-    if not hub.repo_info(repository, repo_type="dataset").private:
-        raise ValueError(f"{repository} is public: make it private first, and public again when you have read what is in it")
     files = ["README.md", "data/*.parquet", "replies.jsonl.gz"]
-    return str(hub.upload_folder(repo_id=repository, repo_type="dataset", folder_path=folder, allow_patterns=files, delete_patterns=files[1:], commit_message=f"valuecot, profile {profile}"))
+    return upload("dataset", repository, folder, False, f"valuecot, profile {profile}", allow_patterns=files, delete_patterns=files[1:])
 
 
 def main(argv: list[str]) -> int:  # exit status
@@ -77,13 +69,8 @@ def main(argv: list[str]) -> int:  # exit status
         return 2
     try:
         print(publish(*argv))
-    except (KeyError, ValueError, FileNotFoundError) as error:  # ours: nothing to send, or not there
-        print(f"error: nothing was published: {error.args[0] if error.args else error}", file=sys.stderr)
-        return 2
-    except Exception as error:  # the hub's own client raises those of three libraries
-        from huggingface_hub.constants import ENDPOINT
-
-        print(f"error: nothing was published: {ENDPOINT} did not take it ({type(error).__name__}: {error}); it wants a network, and a token with write access (hf auth login, or HF_TOKEN)", file=sys.stderr)
+    except Exception as error:
+        print(unsent(error), file=sys.stderr)
         return 2
     return 0
 

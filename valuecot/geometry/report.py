@@ -11,7 +11,7 @@ import pandas as pd
 
 from ..flow.plan import Stage
 from ..flow.run import finish
-from ..stats import mean_se
+from ..stats import mean_se, wilson
 from ..store import load_tensors, read_json, read_records
 from ..teacher.asked import read_traces
 from ..teacher.styles import ASKED
@@ -23,7 +23,7 @@ from ..view.theme import Figure
 
 # %% auto #0
 __all__ = ['stage', 'titles', 'sources', 'spread', 'eigenvalue_table', 'paired', 'shown', 'evidence', 'landscape_figure',
-           'landscape_figures', 'teacher_table', 'table_3', 'table_4', 'text_rows', 'run_report']
+           'landscape_figures', 'by_teacher', 'teacher_table', 'table_3', 'table_4', 'text_rows', 'run_report']
 
 # %% ../../nbs/geometry/90_report.ipynb #b5f2d284
 stage = Stage(
@@ -66,7 +66,7 @@ def eigenvalue_table(rows: pd.DataFrame, model: str, settings) -> pd.DataFrame:
         })
     return pd.DataFrame(table)
 
-# %% ../../nbs/geometry/90_report.ipynb #8745c69b
+# %% ../../nbs/geometry/90_report.ipynb #f4a6b4a5
 def paired(table: pd.DataFrame, mean: str, se: str) -> list[str]:
     "Means with their standard errors, to the digits that the errors leave."
     return [with_se(m, s) for m, s in zip(table[mean], table[se], strict=True)]
@@ -133,14 +133,26 @@ def landscape_figures(run: Run) -> dict[str, Figure]:
                 found[f"{name}_second_subset"] = landscape_figure(run, model, draw, 1, f"{model}, {kind}, second subset")
     return found
 
-# %% ../../nbs/geometry/90_report.ipynb #485ceb50
+# %% ../../nbs/geometry/90_report.ipynb #29ad12a5
+def by_teacher(rows: pd.DataFrame, thinking: set[str]) -> pd.DataFrame:
+    "Means over prompts, each the mean of its seeds; an arm that is not asked to think has no format rate."
+    found = []
+    for (model, arm, teacher), part in rows.groupby(["model", "arm", "teacher"], sort=False):
+        own = part.groupby("prompt_id")[["well_formed", "reward", "words"]].agg(lambda values: values.astype(float).mean())
+        mean, se, n = own.mean(), own.sem(), len(own)
+        low, high = wilson(mean.well_formed * n, n)
+        rate = {"well_formed": mean.well_formed, "well_formed_low_95": low, "well_formed_high_95": high}
+        row = {"model": model, "arm": arm, "teacher": teacher, "prompts": n, "samples": len(part), **(rate if arm in thinking else dict.fromkeys(rate)), "scored": part.reward.count()}
+        found.append(row | {"reward": mean.reward, "reward_se": se.reward, "words": mean.words, "words_se": se.words})
+    return pd.DataFrame(found)
+
+
 def teacher_table(run: Run) -> pd.DataFrame:
     "The same samples by the teacher of their prompt: an arm's effect should not be one teacher's."
     _, traces = read_traces(run.folder("prompts"), run.folder("traces"))
     teacher = {t.prompt_id: t.teacher for t in traces}
-    rows = collect(run, "samples", lambda folder: [{"teacher": teacher[r.prompt_id], "well_formed": r.well_formed, "reward": r.reward, "words": len(r.completion.split())} for r in read_records(folder / "rollouts.jsonl", Rollout) if r.prompt_id in teacher])
-    by = rows.groupby(["model", "arm", "teacher"], sort=False)
-    return by.agg(samples=("words", "size"), well_formed=("well_formed", "mean"), scored=("reward", "count"), reward=("reward", "mean"), reward_se=("reward", "sem"), words=("words", "mean")).reset_index()
+    rows = collect(run, "samples", lambda folder: [{"teacher": teacher[r.prompt_id], "prompt_id": r.prompt_id, "well_formed": r.well_formed, "reward": r.reward, "words": len(r.completion.split())} for r in read_records(folder / "rollouts.jsonl", Rollout) if r.prompt_id in teacher])
+    return by_teacher(rows, {arm for arm in run.settings["geometry.design"].arms if run.settings[f"arm.{arm}"].thinking})
 
 # %% ../../nbs/geometry/90_report.ipynb #ca84d3db
 def table_3(run: Run) -> tuple[Prompt, list[Trace]]:

@@ -9,6 +9,7 @@ __all__ = ['stage', 'complete', 'take', 'replies', 'run_traces']
 from collections import Counter
 from pathlib import Path
 
+from ..data.splits import traced
 from ..flow.plan import Stage
 from ..flow.run import finish
 from ..providers.asking import Policy
@@ -16,29 +17,28 @@ from ..providers.cache import Cache, export_replies, import_replies, read_export
 from ..providers.prices import usd
 from ..settings import root
 from ..store import read_records, write_records
-from ..teacher.asked import Collected, Wanted, collect, outcome, unequal
+from ..teacher.asked import Collected, Wanted, collect, commonest, outcome, unequal
 from ..teacher.controls import controls
 from ..teacher.desks import backends, questions, replies_path, teachers_of
 from ..types import Prompt, Run, Trace
 
-# %% ../../nbs/geometry/20_traces.ipynb #25c2aebe
+# %% ../../nbs/geometry/20_traces.ipynb #e51e8a28
 stage = Stage("traces", reads=("geometry.traces", "teacher.{teachers}"), inputs=("prompts",))
 
-# %% ../../nbs/geometry/20_traces.ipynb #d26d1931
-def complete(found: Collected, missing: dict[str, str], cache: Cache, cap: float) -> None:
+# %% ../../nbs/geometry/20_traces.ipynb #594a4a3a
+def complete(found: Collected, missing: dict[str, Exception], cache: Cache, cap: float) -> None:
     "Every question has its reply or its reason; else an error that says what to do."
     kept = f"what came is kept in {cache.path.name}, and the next run asks only for the rest"
     if found.tally.unasked:
         raise RuntimeError(f"the cap of {usd(cap)} would be passed: {found.tally.unasked} questions were not asked, {usd(cache.spent)} are spent; raise geometry.traces.cap; {kept}")
     if failed := found.tally.failures:
-        reasons = Counter(f.reason for f in failed).most_common(3)
-        said = "; ".join([f"{n} x {reason}" for reason, n in reasons] + list(missing.values()))
+        said = "; ".join([commonest(f.reason for f in failed), *map(str, missing.values())])
         raise RuntimeError(f"{len(failed)} questions have no reply yet ({said}); {kept}")
     for teacher in {q.teacher for q in found.aside} - {t.teacher for t in found.traces}:
-        reasons = Counter(q.reason for q in found.aside if q.teacher == teacher)
-        raise RuntimeError(f"no trace came of {reasons.total()} questions to {teacher} ({'; '.join(f'{n} x {reason}' for reason, n in reasons.most_common(3))}): its prompts would be missing from every arm; {kept}")
+        reasons = [q.reason for q in found.aside if q.teacher == teacher]
+        raise RuntimeError(f"no trace came of {len(reasons)} questions to {teacher} ({commonest(reasons)}): its prompts would be missing from every arm; {kept}")
 
-# %% ../../nbs/geometry/20_traces.ipynb #381ea513
+# %% ../../nbs/geometry/20_traces.ipynb #1d6a888d
 def take(cache: Cache, folder: Path, wants: list[Wanted]) -> None:
     "Take somebody's replies into the cache; a folder that answers nothing is an error."
     paths = sorted(folder.glob("*.jsonl.gz"))
@@ -49,10 +49,9 @@ def take(cache: Cache, folder: Path, wants: list[Wanted]) -> None:
         held, asked = (", ".join(sorted(set(names))) or "nobody" for names in ((r.who for r in theirs), (w.request.who for w in wants)))
         same = " with other prompts, words, templates, max_tokens or effort" if held == asked else ""
         raise ValueError(f"geometry.traces.replies: {len(theirs)} replies were read, none answers these questions: they are for {held}, the study asks {asked}{same}")
-    for path in paths:
-        import_replies(cache, path)
+    import_replies(cache, *paths)
 
-# %% ../../nbs/geometry/20_traces.ipynb #a64431ea
+# %% ../../nbs/geometry/20_traces.ipynb #1c277803
 def replies(run: Run, prompts: list[Prompt]) -> Collected:
     "Both traces of every prompt, from the teachers that the settings name."
     settings = run.settings["geometry.traces"]
@@ -66,16 +65,16 @@ def replies(run: Run, prompts: list[Prompt]) -> Collected:
         export_replies(cache, run.out / "replies.jsonl.gz", found.keys)
     return found
 
-# %% ../../nbs/geometry/20_traces.ipynb #ab359aef
+# %% ../../nbs/geometry/20_traces.ipynb #f7a2684a
 def run_traces(run: Run) -> list[Trace]:
     "Write and save the traces of the SFT and held-out prompts."
-    prompts = [p for p in read_records(run.folder("prompts") / "prompts.jsonl", Prompt) if p.split in ("sft", "heldout")]
+    prompts = traced(read_records(run.folder("prompts") / "prompts.jsonl", Prompt))
     found = replies(run, prompts)
     made, lost = controls(found.traces)
     aside = found.aside + unequal(found.traces, run.settings["geometry.traces"].match)
     write_records(run.out / "traces.jsonl", found.traces)
     write_records(run.out / "controls.jsonl", made)
     write_records(run.out / "quarantine.jsonl", aside)
-    finish(run, {"prompts": len(prompts), "traces": len(found.traces), "put aside": len(aside), "controls": len(made), "controls that could not be made": len(lost)})
+    finish(run, {"prompts": len(prompts), "traces": len(found.traces), "put aside": len(aside), "controls": len(made), "controls that could not be made": len(lost)} | {f"of these {style}": n for style, n in Counter(q.style for q in lost).items()})
     print(outcome(found.traces, aside))
     return found.traces

@@ -34,7 +34,7 @@ __all__ = ['ACCOUNT', 'Backend', 'Live', 'seconds', 'Policy', 'UnderWay', 'reser
            'work', 'apart', 'ask_all', 'innermost', 'finished', 'ask']
 
 # %% ../../nbs/providers/18_asking.ipynb #e3e98e9e
-ACCOUNT = re.compile(r"api.?key|credit|billing|quota|balance|permission", re.IGNORECASE)  # a 400 about the caller and not about the question
+ACCOUNT = re.compile(r"api.?key|credit balance|insufficient.(quota|balance|funds)|billing.(account|details|hard|not)|permission.denied", re.IGNORECASE)  # a 400 about the caller; one that repeats a question's own words is not
 
 
 class Backend(Protocol):
@@ -42,6 +42,10 @@ class Backend(Protocol):
 
     connections: int  # questions in flight at most
     price: Price
+    together = False  # its questions leave all at once, by `ask_many`
+
+    async def ready(self, request: Request) -> None:
+        "Wait until its limits let one more leave; here there are none."
 
     async def ask(self, request: Request) -> Reply:  # or raise Failed
         ...
@@ -50,7 +54,7 @@ class Backend(Protocol):
         ...
 
 # %% ../../nbs/providers/18_asking.ipynb #9fcca57c
-class Live:
+class Live(Backend):
     "A provider, or a server that speaks like one."
 
     def __init__(
@@ -64,7 +68,7 @@ class Live:
         timeout: float = 120.0,  # seconds for one try
     ):
         self.wire, self.provider, self.price, self.base_url, self.connections = WIRES[provider], provider, price, base_url, connections
-        self.patience = aiohttp.ClientTimeout(total=timeout)
+        self.patience = aiohttp.ClientTimeout(total=timeout, sock_connect=timeout / 4)
         self.key = os.environ.get(self.wire.key, "") if self.wire.key else os.environ.get("SERVER_API_KEY", "")
         if self.wire.key and not self.key:
             raise ValueError(f"no key for {provider}: set {self.wire.key} in the environment; what is in the cache needs none")
@@ -73,6 +77,11 @@ class Live:
         self.questions = AsyncLimiter(per_minute, 60) if per_minute else None
         self.tokens = AsyncLimiter(tokens_per_minute, 60) if tokens_per_minute else None
         self.session: aiohttp.ClientSession | None = None
+
+    async def ready(self, request: Request) -> None:
+        for limit, amount in ((self.questions, 1), (self.tokens, request.max_tokens)):
+            if limit is not None:
+                await limit.acquire(min(amount, limit.max_rate))
 
     async def ask(self, request: Request) -> Reply:
         text = await self.call("POST", self.wire.url(self.base_url, request.model), json=self.wire.body(request))
@@ -91,12 +100,12 @@ class Live:
                 if answer.status != 200:
                     raise self.refused(answer.status, answer.headers.get("retry-after"), text, url)
                 return text
-        except TimeoutError:
-            raise Failed("timeout", again=True, billed=True) from None
+        except TimeoutError as error:  # one that was never reached cannot charge
+            raise Failed("timeout", again=True, billed=not isinstance(error, aiohttp.ConnectionTimeoutError)) from None
         except UnicodeDecodeError:
             raise Failed("malformed answer (no text)", again=True, billed=True) from None
         except aiohttp.ClientError as error:
-            raise Failed(f"connection ({type(error).__name__}): does a server run at {self.shown(url)}?", again=True, billed=True) from None
+            raise Failed(f"connection ({type(error).__name__}): does a server run at {self.shown(url)}?", again=True, billed=not isinstance(error, aiohttp.ClientConnectorError)) from None
 
     def shown(self, url: str) -> str:
         "An address without anything that opens a door."
@@ -105,19 +114,20 @@ class Live:
         return bare.replace(self.key, "[key]") if self.key else bare
 
     def refused(self, status: int, after: str | None, text: str, url: str = "") -> Failed:
-        again = status in (408, 409, 429) or status >= 500
+        empty = status == 429 and "insufficient_quota" in text  # an account that no waiting fills; other providers say quota and billing of a passing limit too
+        again = (status in (408, 409, 429) or status >= 500) and not empty
         said = " ".join((text.replace(self.key, "[key]") if self.key else text).split())[:200]
         if status == 404 and url:
             said = f"at {self.shown(url)}{'' if '/v1' in url else ', is /v1 missing from base_url?'} {said}".strip()
-        lasting = status in (400, 413, 422) and not ACCOUNT.search(said)
-        return Failed(str(status) if again else f"{status} {said}", again, seconds(after), billed=status in (502, 504, 524), lasting=lasting)  # behind a gateway the model may have answered
+        lasting = status in (400, 413, 422) and not ACCOUNT.search(text)
+        return Failed(f"{status} {said}".strip(), again, seconds(after), billed=status in (502, 504, 524), lasting=lasting)  # behind a gateway the model may have answered
 
     async def close(self) -> None:
         if self.session is not None:
             await self.session.close()
             self.session = None
 
-
+# %% ../../nbs/providers/18_asking.ipynb #0d6bf1a8
 def seconds(after: str | None) -> float | None:
     "Of a Retry-After header: a number, or a date."
     try:
@@ -143,6 +153,15 @@ class Policy:
     @property
     def most(self) -> int | None:  # nano-dollars
         return None if self.cap is None else int(self.cap * 1e9)
+
+    def again(self, error: Failed, tried: int) -> float | None:  # seconds to wait; None: that was the last try
+        "When to try once more; a provider that asks for hours gets none."
+        if not error.again or tried >= self.tries:
+            return None
+        if (error.wait or 0) > 10 * self.longest_wait:
+            error.reason += f", asks to wait {error.wait / 60:,.0f} minutes"
+            return None
+        return self.wait(tried, error.wait)
 
     def wait(self, tried: int, asked: float | None) -> float:  # seconds
         "Full jitter (Brooker 2015), never shorter than the provider asks."
@@ -182,7 +201,7 @@ async def one_try(request: Request, backend: Backend, cache: Cache, cap: int | N
     try:
         reply = await backend.ask(request)
     except Failed as error:
-        cache.settle(send, error.reason.split(" ")[0], None if error.billed else 0)
+        cache.settle(send, error.kind, None if error.billed else 0)
         raise
     except Exception as error:  # a backend's own mistake ends this question and not the batch
         cache.settle(send, type(error).__name__, None)
@@ -197,17 +216,15 @@ async def ask_one(request: Request, backend: Backend, cache: Cache, gate: asynci
     "Until there is a reply or no hope."
     for tried in range(1, policy.tries + 1):
         try:
-            for limit, amount in ((getattr(backend, "questions", None), 1), (getattr(backend, "tokens", None), request.max_tokens)):
-                if limit is not None:
-                    await limit.acquire(min(amount, limit.max_rate))
+            await backend.ready(request)
             async with gate:
                 reply, kept = await one_try(request, backend, cache, policy.most, under_way)
             await asyncio.wrap_future(kept)
             return reply
         except Failed as error:
-            if not error.again or tried == policy.tries:
+            if (wait := policy.again(error, tried)) is None:
                 return Failure(request.key, error.reason, tried, error.lasting, error.billed)
-            await asyncio.sleep(policy.wait(tried, error.wait))
+            await asyncio.sleep(wait)
 
 # %% ../../nbs/providers/18_asking.ipynb #718c4d1e-2
 @dataclass
@@ -220,6 +237,11 @@ class Tally:
     failures: list[Failure] = field(default_factory=list)
     unasked: int = 0  # left when the cap had no room for them
     usd: float = 0.0  # in the cache's ledger, at most
+
+    def __add__(self, later: Tally) -> Tally:
+        "Two rounds on the same cache as one."
+        sums = {name: getattr(self, name) + getattr(later, name) for name in ("known", "repeated", "replied", "failures", "unasked")}
+        return Tally(**sums, usd=later.usd)
 
 
 class Count:
@@ -240,7 +262,7 @@ class Count:
             self.tally.unasked += 1
         elif (told := self.cache.failure(request)) and (told.billed or request.who not in self.backends):  # what was paid for is not asked again, what was free may be
             self.tally.failures.append(told)
-        elif (name := self.cache.batch_of(request)) and not hasattr(self.backends.get(request.who), "ask_many"):
+        elif (name := self.cache.batch_of(request)) and not (request.who in self.backends and self.backends[request.who].together):
             self.tally.failures.append(Failure(request.key, f"it left with batch {name}: set batched = yes to read it, or give it up by Cache.withdraw_batch", 0, False))
         elif request.who not in self.backends:
             self.tally.failures.append(Failure(request.key, f"nobody to ask: {request.who} is not available, and the reply is not in the cache", 0, False))
@@ -274,7 +296,7 @@ class Count:
             await asyncio.sleep(5)
             self.show(0)
 
-
+# %% ../../nbs/providers/18_asking.ipynb #268c301f
 async def work(feed: Iterator[Request], count: Count, gates: dict[str, asyncio.Semaphore], policy: Policy, under_way: UnderWay) -> None:
     "Ask one after the other."
     for request in feed:
@@ -305,7 +327,7 @@ async def ask_all(
 ) -> Tally:
     "Replies to all questions, in the cache."
     policy, count = policy or Policy(), Count(backends, cache, total, progress)
-    gates = {name: asyncio.Semaphore(b.connections) for name, b in backends.items() if not hasattr(b, "ask_many")}
+    gates = {name: asyncio.Semaphore(b.connections) for name, b in backends.items() if not b.together}
     others, together = apart(requests, backends.keys() - gates.keys())
     feed, under_way, shown = iter(others), UnderWay(), asyncio.create_task(count.keep_showing())
     try:

@@ -263,9 +263,9 @@ async def patiently(once: Callable[[], Awaitable], policy: Policy) -> object:
         try:
             return await once()
         except Failed as error:
-            if not error.again or tried == policy.tries:
+            if (wait := policy.again(error, tried)) is None:
                 raise
-            await asyncio.sleep(policy.wait(tried, error.wait))
+            await asyncio.sleep(wait)
 
 
 async def look(backend: Batched, id: str, policy: Policy) -> tuple[Told, dict]:
@@ -396,14 +396,14 @@ async def hand_over(backend: Batched, name: str, held: dict[str, tuple[Request, 
         try:
             return await backend.answer("POST", path, lambda batch: queue.told(batch).id, json=order)
         except Failed as error:
-            if error.again and error.reason != "429":  # which is surely no acceptance
+            if error.again and error.kind != "429":  # which is surely no acceptance
                 leaving = OpenBatch(name, "leaving", time.time(), None, held)  # a slow upload is no part of the grace
                 if id := await find(backend, leaving, asking):
                     return id
                 warn_of_lost(backend, leaving)
-            if not error.again or tried == policy.tries:
+            if (wait := policy.again(error, tried)) is None:
                 raise
-            await asyncio.sleep(policy.wait(tried, error.wait))
+            await asyncio.sleep(wait)
 
 # %% ../../nbs/providers/20_batches.ipynb #06f094b0
 async def send(backend: Batched, part: list[tuple[Request, dict]], asking: Asking) -> None:
@@ -420,7 +420,7 @@ async def send(backend: Batched, part: list[tuple[Request, dict]], asking: Askin
         id = await hand_over(backend, name, held, [entry for request, entry in part if request.key in held], asking)
     except Failed as error:
         if not isinstance(error, Unsure):
-            await on_disk(cache.withdraw_batch(name, error.reason.split(" ")[0]))
+            await on_disk(cache.withdraw_batch(name, error.kind))
         return asking.fail(held, error, name)
     await finish(backend, name, id, held, asking)
 
@@ -442,7 +442,7 @@ async def keep(backend: Batched, name: str, held: dict[str, tuple[Request, int]]
     cache, jobs = asking.cache, []
     for key, (request, send) in held.items():
         if isinstance(came := found[key], Failed):
-            jobs.append(cache.settle(send, came.reason.split(" ")[0], None if came.billed else 0))
+            jobs.append(cache.settle(send, came.kind, None if came.billed else 0))
         else:
             jobs.append(cache.keep(request, came, "batch", send, backend.price.of(came, batch=True)))
     await on_disk(*jobs)
@@ -492,6 +492,8 @@ async def look_in(backend: Batched, batch: OpenBatch, asking: Asking) -> None:
 # %% ../../nbs/providers/20_batches.ipynb #ef280175
 class Batched(Live):
     "A provider that answers in batches, within a day, at the batch share of the price."
+
+    together = True
 
     def __init__(
         self,

@@ -53,7 +53,7 @@ def connect(path: Path) -> sqlite3.Connection:
     except sqlite3.DatabaseError as error:
         raise ValueError(f"{path} is no cache of replies ({error}): move it away, and import an export of it") from None
 
-
+# %% ../../nbs/providers/15_cache.ipynb #1d92489b
 class Writer(threading.Thread):
     "Commits statements in groups."
 
@@ -281,11 +281,12 @@ def read_export(path: Path) -> tuple[list[tuple[Request, Reply]], list[tuple[Req
     return pairs, failed
 
 
-def import_replies(cache: Cache, path: Path) -> int:  # replies that were new
-    "Take an export into a cache: all of it, or nothing and an error."
-    pairs, failed = read_export(path)
-    if other := sum(kept is not None and kept != reply for request, reply in pairs for kept in [cache.reply(request)]):
-        raise ValueError(f"{cache.path} holds other replies to {other} questions of {path}: a mixture would be nobody's data set; use another VALUECOT_OUTPUTS, or move one of them away; nothing was imported")
+def import_replies(cache: Cache, *paths: Path) -> int:  # replies that were new
+    "Take exports into a cache: all of them, or nothing and an error."
+    read, first = [read_export(path) for path in paths], {}
+    pairs, failed = ([row for found in read for row in found[part]] for part in (0, 1))
+    if other := sum((cache.reply(request) or first.setdefault(request.key, reply)) != reply for request, reply in pairs):
+        raise ValueError(f"{cache.path} holds other replies to {other} questions of {', '.join(map(str, paths))}{', or these do not agree' if len(paths) > 1 else ''}: a mixture would be nobody's data set; use another VALUECOT_OUTPUTS, or move one of them away; nothing was imported")
     jobs = [cache.keep(request, reply, "import") for request, reply in pairs]
     told = [cache.refuse(request, failure) for request, failure in failed]
     for job in told:

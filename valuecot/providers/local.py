@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+from .asking import Backend
 from .prices import Price
 from .requests import Failed, Reply, Request
 from .wire import reply_of
@@ -30,12 +31,12 @@ def prompt_of(tokenizer, request: Request) -> str:
 def how(request: Request) -> dict[str, object]:
     "Arguments of `generate`."
     if unknown := sorted(set(request.parameters) - {*SAMPLED, "seed"}):
-        raise Failed(f"transformers takes no {', '.join(unknown)}: it knows {', '.join(SAMPLED)}, seed", lasting=True)
+        raise Failed(f"transformers takes no {', '.join(unknown)}: it knows {', '.join(SAMPLED)}, seed", kind="parameter")
     given = {name: request.parameters[name] for name in SAMPLED if name in request.parameters}
     return {"max_new_tokens": request.max_tokens, "do_sample": bool(given), "seed": request.parameters.get("seed", 0) + request.sample, **given}
 
 # %% ../../nbs/providers/21_local.ipynb #c507ad38
-class Local:
+class Local(Backend):
     "A causal language model as a backend."
 
     price = Price(0.0, 0.0)
@@ -58,7 +59,7 @@ class Local:
             self.tokenizer = AutoTokenizer.from_pretrained(self.source, padding_side="left", trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(self.source, dtype="auto", use_safetensors=True, trust_remote_code=False)
         except OSError as error:
-            raise Failed(f"{Path(self.source).name} cannot be read: {' '.join(str(error).split())[:200]}") from None
+            raise Failed(f"{Path(self.source).name} cannot be read: {' '.join(str(error).split())[:200]}", kind="model") from None
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -104,7 +105,7 @@ class Local:
         sizes = [len(ids) for ids in self.tokenizer(texts, add_special_tokens=special)["input_ids"]]
         longest = arguments["max_new_tokens"]
         room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or max(sizes) + longest
-        found = [Failed(f"question of {size} tokens and a reply of {longest} do not fit into {room}", lasting=True) for size in sizes]
+        found = [Failed(f"question of {size} tokens and a reply of {longest} do not fit into {room}", lasting=True, kind="long") for size in sizes]
         places = [i for i, size in enumerate(sizes) if size + longest <= room]
         if not places:
             return found

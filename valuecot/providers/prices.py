@@ -23,7 +23,7 @@ class Price:
 
     input: float
     output: float  # thinking included
-    batch: float = 0.5  # share of the price that a batch costs
+    batch: float = 1.0  # share of the price that a batch costs
 
     def __post_init__(self):
         if min(self.input, self.output) < 0 or not 0 < self.batch <= 1:
@@ -34,8 +34,8 @@ class Price:
         exact = 1000 * (self.input * input_tokens + self.output * output_tokens) * (self.batch if batch else 1)
         return -int(-exact // 1)
 
-    def of(self, reply: Reply, batch: bool = False) -> int:  # nano-dollars
-        return self.cost(reply.input_tokens, reply.output_tokens, batch)
+    def of(self, reply: Reply, batch: bool = False) -> int | None:  # nano-dollars; None: nobody counted
+        return None if reply.input_tokens is None else self.cost(reply.input_tokens, reply.output_tokens, batch)
 
     def most(self, request: Request, batch: bool = False) -> int:  # nano-dollars
         "That a question can cost."

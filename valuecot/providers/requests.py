@@ -74,8 +74,8 @@ class Reply(Shown):
 
     text: str  # never blank: a blank reply is a failure
     model: str  # the model that the provider says it was
-    input_tokens: int
-    output_tokens: int  # thinking included
+    input_tokens: int | None  # None: the provider does not say
+    output_tokens: int | None  # thinking included
     finish: str  # "stop"; "length": cut off at max_tokens; or the provider's own word
 
 
@@ -89,14 +89,15 @@ class Failed(Exception):
 
     def __init__(
         self,
-        reason: str,  # "429", "timeout", "connection", "empty", "400 ..."
+        reason: str,  # "429 ...", "timeout", "connection ...", "empty reply ..."
         again: bool = False,
         wait: float | None = None,  # seconds that the provider asks to wait
         billed: bool = False,  # the provider may have answered and charged all the same
         lasting: bool = False,  # it lies in the question
+        kind: str = "",  # one word for the ledger; "": the reason's first
     ):
         super().__init__(reason)
-        self.reason, self.again, self.wait, self.billed, self.lasting = reason, again, wait, billed, lasting
+        self.reason, self.again, self.wait, self.billed, self.lasting, self.kind = reason, again, wait, billed, lasting, kind or reason.split()[0]
 
 
 @dataclass(frozen=True)

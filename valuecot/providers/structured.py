@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from .requests import Reply, Request
 
 # %% auto #0
-__all__ = ['STRING', 'decoder', 'T', 'WRONG', 'mended', 'objects', 'Malformed', 'wrong', 'read', 'asked_again']
+__all__ = ['STRING', 'decoder', 'T', 'WRONG', 'mended', 'spans', 'objects', 'Malformed', 'wrong', 'read', 'asked_again']
 
 # %% ../../nbs/providers/19_structured.ipynb #12630794
 STRING = r'"(?:[^"\\]|\\.)*"'
@@ -30,20 +30,23 @@ def mended(text: str) -> list[str]:
     return list(dict.fromkeys([text, no_comma(text), no_comma(straight)]))
 
 
+def spans(text: str) -> list[tuple[int, dict]]:  # characters, value
+    "JSON objects that stand in a text as it is, outermost ones, in order."
+    found, at = [], text.find("{")
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(text, at)
+            found.append((end - at, value))
+        except json.JSONDecodeError:
+            end = at + 1
+        at = text.find("{", end)
+    return found
+
+
 def objects(text: str) -> list[dict]:
-    "JSON objects that stand in a text, outermost ones, in order."
-    for version in mended(text):
-        found, at = [], version.find("{")
-        while at >= 0:
-            try:
-                value, end = decoder.raw_decode(version, at)
-                found += [value] if isinstance(value, dict) else []
-            except json.JSONDecodeError:
-                end = at + 1
-            at = version.find("{", end)
-        if found:
-            return found
-    return []
+    "JSON objects of the version of which most can be read."
+    best = max(map(spans, mended(text)), key=lambda found: sum(size for size, _ in found))
+    return [value for _, value in best]
 
 # %% ../../nbs/providers/19_structured.ipynb #7f9761be
 T = TypeVar("T", bound=BaseModel)

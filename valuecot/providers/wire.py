@@ -21,7 +21,7 @@ def parameters_of(
 ) -> dict[str, object]:
     "Parameters under the provider's names."
     if unknown := sorted(set(request.parameters) - set(known)):
-        raise Failed(f"{request.provider} takes no {', '.join(unknown)}: it knows {', '.join(known)}")
+        raise Failed(f"{request.provider} takes no {', '.join(unknown)}: it knows {', '.join(known)}", kind="parameter")
     return {known[name]: value for name, value in request.parameters.items()}
 
 
@@ -71,22 +71,23 @@ def google_body(request: Request) -> dict:
 EMPTY = "empty reply"  # how its reason begins
 
 
-def reply_of(text: str | None, model: str, usage: tuple[int, int], finish: str) -> Reply:
+def reply_of(text: str | None, model: str, usage: tuple[int, int] | tuple[None, None], finish: str) -> Reply:
     "A reply with words in it."
     if not text or not text.strip():
         raise Failed(f"{EMPTY} ({finish or 'no reason given'})", billed=True, lasting=True)
     text.encode()  # half a character is an error here: no file can hold it
-    if not all(isinstance(n, int) and n >= 0 for n in usage):
+    if usage != (None, None) and not all(isinstance(n, int) and n >= 0 for n in usage):
         raise TypeError(f"{usage} are no counts of tokens")
     return Reply(text, model, *usage, finish)
 
 
 def openai_reply(body: dict) -> Reply:
-    "Of OpenAI, and of servers that speak like it."
-    choice, usage = body["choices"][0], body["usage"]
+    "Of OpenAI, and of servers that speak like it; some of these count no tokens."
+    choice, usage = body["choices"][0], body.get("usage")
+    used = (usage["prompt_tokens"], usage["completion_tokens"]) if usage else (None, None)
     if choice["message"].get("refusal"):
         raise Failed("refusal", billed=True, lasting=True)
-    return reply_of(choice["message"].get("content"), body["model"], (usage["prompt_tokens"], usage["completion_tokens"]), choice["finish_reason"])
+    return reply_of(choice["message"].get("content"), body["model"], used, choice["finish_reason"])
 
 
 def anthropic_reply(body: dict) -> Reply:

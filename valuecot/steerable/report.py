@@ -5,6 +5,7 @@
 # %% ../../nbs/steerable/90_report.ipynb #034f00f1
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from ..data.questions import Question
 from ..flow.plan import DATASETS, Stage, split_cell
 from ..flow.run import finish
 from ..judge import Interval, binary, blind_ceiling, constant, correct, flip_accuracy, holm, majority, mcnemar, modal, readings, score, score_intervals, steerability_gain
-from ..store import read_json, read_records
+from ..store import read_records
 from ..types import Answer, Run
 from ..view.gather import write_table
-from ..view.tables import Html, to_html
+from ..view.tables import MISSING, Html, missing, to_html
 
 # %% auto #0
 __all__ = ['stage', 'SAID', 'PAPER', 'ROWS', 'Method', 'Benchmark', 'read_method', 'rules_of', 'read_benchmark', 'binary_scores',
@@ -85,7 +86,7 @@ def read_method(name: str, folder: Path, order: list[str]) -> Method:
 def rules_of(train: list[Question], test: list[Question]) -> list[Method]:
     "What can be answered without reading."
     golds, offered = [q.gold for q in train], "".join(sorted({x for q in test for x in q.letters}))
-    found = [constant(offered[0], len(test)), majority(golds, len(test)), modal(golds, [q.cluster for q in train], [q.cluster for q in test])]
+    found = [constant(offered[0], len(test)), majority(golds, len(test)), modal([q.cluster for q in train], golds, [q.cluster for q in test])]
     return [Method("", name, 0, list(rule.predicted), []) for name, rule in zip(("always A", "majority", "question-modal"), found, strict=True)]
 
 
@@ -167,30 +168,30 @@ def ceilings(benchmarks: list[Benchmark]) -> pd.DataFrame:
 # %% ../../nbs/steerable/90_report.ipynb #7f104dbd
 def percent(value: float | None, low: float | None = None, high: float | None = None) -> str:
     "A share with its interval, in percent."
-    if value is None or value != value:
-        return "–"
-    return f"{100 * value:.1f}" + (f" ({100 * low:.1f} to {100 * high:.1f})" if low is not None and low == low else "")
+    if missing(value):
+        return MISSING
+    return f"{100 * value:.1f}" if missing(low) else f"{100 * value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def named(run: Run, row) -> str:
+def named(run: Run, row: dict) -> str:
     "A method as a reader knows it."
-    arm = run.settings.sections.get(f"arm.{row.arm}")
-    return (arm.label if arm else row.arm) + (f" · {row.model}" if row.model else "") + (f" · seed {row.seed}" if row.model and len(run.settings["steerable.design"].seeds) > 1 else "")
+    arm = run.settings.sections.get(f"arm.{row['arm']}")
+    several = len(run.settings["steerable.design"].seeds) > 1
+    return (arm.label if arm else row["arm"]) + (f" · {row['model']}" if row["model"] else "") + (f" · seed {row['seed']}" if row["model"] and several else "")
 
 
 def shown_scores(run: Run, b: Benchmark, table: pd.DataFrame) -> Html:
     "Scores beside the paper's, then what did not run."
     columns = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1"}
     rows = []
-    for row in table.itertuples():
-        line = {"method": named(run, row)}
-        line |= {shown: percent(getattr(row, name), table.at[row.Index, f"{name} low"], table.at[row.Index, f"{name} high"]) for name, shown in columns.items()}
-        line |= {f"binary {shown}": percent(table.at[row.Index, f"binary {shown}"]) for shown in columns.values()} if b.name == "value_kaleidoscope" else {}
-        paper = [table.at[row.Index, f"paper {shown} (%)"] for shown in columns.values()]
-        rows.append(line | {"read": f"{row._asdict().get('_6', table.at[row.Index, 'answers read'])}", "paper": "–" if paper[0] is None or paper[0] != paper[0] else " / ".join(f"{x:.1f}" for x in paper)})
-    rows += [{"method": arm, **{name: "not run" for name in columns.values()}} for arm in not_run(run, b.name)]
+    for row in table.to_dict("records"):
+        line = {"method": named(run, row), **{shown: percent(row[name], row[f"{name} low"], row[f"{name} high"]) for name, shown in columns.items()}}
+        line |= {"binary": " / ".join(percent(row[f"binary {shown}"]) for shown in columns.values())} if b.name == "value_kaleidoscope" else {}
+        paper = [row[f"paper {shown} (%)"] for shown in columns.values()]
+        rows.append(line | {"read": row["answers read"], "paper": MISSING if missing(paper[0]) else " / ".join(f"{x:.1f}" for x in paper)})
     n, k = len(b.questions), len(set(b.clusters))
-    return to_html(pd.DataFrame(rows), f"{b.name}: percent, with 95 % intervals over {k} scenarios drawn again; n = {n} rows for each method; read: completions with a letter; paper: accuracy / balanced accuracy / macro-F1 of the model that stands behind the name, on its own test rows")
+    said = f"{b.name}: percent, with 95 % intervals over {k} scenarios drawn again; n = {n} rows for each method; binary and paper: accuracy / balanced accuracy / macro-F1, the paper's of the model that stands behind the name, on its own test rows; read: completions with a letter"
+    return Html(f"{to_html(pd.DataFrame(rows), said)}<p>Not run: {html.escape('; '.join(not_run(run, b.name)))}.</p>")
 
 
 def not_run(run: Run, dataset: str) -> list[str]:

@@ -18,14 +18,14 @@ from ..providers.requests import Reply, Request
 from ..providers.structured import Malformed, asked_again, read
 from ..providers.wire import EMPTY
 from ..store import read_records
+from .audit import apart
 from .schemas import SCHEMAS, as_trace, schema_of
-from .styles import alike, length
 from .templates import request as wording
 from ..types import Prompt, Shown, Trace, short
 
 # %% auto #0
-__all__ = ['Reads', 'Desk', 'Quarantined', 'Ending', 'looked', 'once_more', 'ask_twice', 'together', 'Wanted', 'wanted',
-           'trace_in', 'Collected', 'collect', 'by_reason', 'with_traces', 'unequal', 'read_traces', 'outcome']
+__all__ = ['Reads', 'Desk', 'Quarantined', 'Ending', 'looked', 'once_more', 'ask_twice', 'Wanted', 'wanted', 'trace_in',
+           'Collected', 'collect', 'commonest', 'by_reason', 'with_traces', 'unequal', 'read_traces', 'outcome']
 
 # %% ../../nbs/teacher/44_asked.ipynb #fd8fb3a5
 @dataclass(frozen=True)
@@ -89,27 +89,19 @@ def once_more(request: Request, reads: Reads, cache: Cache) -> Request | None:
     told = None if reply else cache.failure(request)
     return replace(request, sample=request.sample + 1) if told and told.reason.startswith(EMPTY) else None
 
-# %% ../../nbs/teacher/44_asked.ipynb #96f86da6
-def ask_twice(
+# %% ../../nbs/teacher/44_asked.ipynb #98e3e0d9
+async def ask_twice(
     questions: list[tuple[Request, Reads]],
     backends: dict[str, Backend],  # by provider/model; none: the cache alone
     cache: Cache,
     policy: Policy | None = None,
     progress: bool = False,
 ) -> tuple[Iterator[Ending], Tally]:  # endings in the order of the questions, read as they are taken
-    "Ask, read, and ask once more where that failed."
-    again: dict[int, Request] = {}
-
-    async def rounds() -> tuple[Tally, Tally]:  # in one event loop, as the backends' limits want it
-        first = await ask_all((request for request, _ in questions), backends, cache, policy, progress, len(questions))
-        for place, (request, reads) in enumerate(questions):
-            if more := once_more(request, reads, cache):
-                again[place] = more
-        return first, await ask_all(again.values(), backends, cache, policy, progress, len(again))
-
-    first, second = finished(rounds())
-    failed = first.failures + second.failures
-    reasons = {f.key: f.reason for f in failed if f.lasting}
+    "Ask, read, and ask once more where that failed; several calls share one event loop, as the backends' limits want it."
+    first = await ask_all((request for request, _ in questions), backends, cache, policy, progress, len(questions))
+    again = {place: more for place, (request, reads) in enumerate(questions) if (more := once_more(request, reads, cache))}
+    tally = first + await ask_all(again.values(), backends, cache, policy, progress, len(again))
+    reasons = {f.key: f.reason for f in tally.failures if f.lasting}
 
     def ending(place: int) -> Ending:
         asked, reads = questions[place]
@@ -117,17 +109,7 @@ def ask_twice(
         reply, found, error = looked(last, reads, cache)
         return Ending(tuple(dict.fromkeys((asked.key, last.key))), found, reply, str(error) if error else "" if reply else reasons.get(last.key, ""))
 
-    tally = Tally(first.known, first.repeated, first.replied + second.replied, [f for f in failed if not f.lasting], first.unasked + second.unasked, second.usd)
-    return map(ending, range(len(questions))), tally
-
-# %% ../../nbs/teacher/44_asked.ipynb #ede7fe7a
-def together(*tallies: Tally) -> Tally:
-    "Rounds one after the other as one."
-    total = Tally(usd=tallies[-1].usd)
-    for one in tallies:
-        total.known, total.repeated, total.replied, total.unasked = total.known + one.known, total.repeated + one.repeated, total.replied + one.replied, total.unasked + one.unasked
-        total.failures += one.failures
-    return total
+    return map(ending, range(len(questions))), replace(tally, failures=[f for f in tally.failures if not f.lasting])
 
 # %% ../../nbs/teacher/44_asked.ipynb #fd8fb3a5-2
 @dataclass(frozen=True)
@@ -152,7 +134,7 @@ def trace_in(want: Wanted, reply: Reply) -> Trace:
     "The trace in a reply."
     return as_trace(want.prompt, want.style, want.desk.name, read(reply, SCHEMAS[want.style]))
 
-
+# %% ../../nbs/teacher/44_asked.ipynb #fcc5789f
 @dataclass(frozen=True)
 class Collected:
     "What came of all wanted traces: each is in one of the two lists, or its question failed for a reason that may pass, or was not asked."
@@ -171,7 +153,7 @@ def collect(
     progress: bool = False,
 ) -> Collected:
     "Traces, and what was put aside."
-    endings, tally = ask_twice([(w.request, partial(trace_in, w)) for w in wants], backends, cache, policy, progress)
+    endings, tally = finished(ask_twice([(w.request, partial(trace_in, w)) for w in wants], backends, cache, policy, progress))
     traces, aside, keys = [], [], []
     for want, end in zip(wants, endings, strict=True):
         keys += end.keys
@@ -182,9 +164,15 @@ def collect(
     return Collected(traces, aside, tally, tuple(dict.fromkeys(keys)))
 
 
+def commonest(reasons: Iterable[str], most: int = 5) -> str:
+    "How often each reason came; whole reasons are counted, and the commonest shown."
+    found = Counter(reasons).most_common()
+    return "; ".join(f"{n} x {short(reason)}" for reason, n in found[:most]) + ("; ..." if len(found) > most else "")
+
+
 def by_reason(aside: list[Quarantined]) -> list[dict[str, object]]:  # rows: teacher, style, reason, count
     "Quarantine counted."
-    found = Counter((q.teacher, q.style, q.reason[:60]) for q in aside)
+    found = Counter((q.teacher, q.style, q.reason) for q in aside)
     return [{"teacher": a, "style": b, "reason": c, "count": n} for (a, b, c), n in sorted(found.items())]
 
 # %% ../../nbs/teacher/44_asked.ipynb #6624c854
@@ -196,15 +184,8 @@ def with_traces(prompts: list[Prompt], traces: list[Trace], aside: list[Quaranti
 
 def unequal(traces: list[Trace], tolerance: float) -> list[Quarantined]:
     "Traces of prompts whose reasonings differ in length by more than `tolerance` of the longest; 0: none is put aside."
-    by: dict[str, list[Trace]] = {}
-    for t in traces:
-        by.setdefault(t.prompt_id, []).append(t)
-    found = []
-    for pair in by.values():
-        sizes = [length(t.phases) for t in pair]
-        if tolerance and not alike(min(sizes), max(sizes), tolerance):
-            found += [Quarantined(t.prompt_id, t.style, t.teacher, "lengths apart: the traces of its prompt differ by more than geometry.traces.match", t.reasoning) for t in pair]
-    return found
+    reason = "lengths apart: the traces of its prompt differ by more than geometry.traces.match"
+    return [Quarantined(t.prompt_id, t.style, t.teacher, reason, t.reasoning) for own in (apart(traces, tolerance) if tolerance else ()) for t in own.values()]
 
 
 def read_traces(prompts_folder: Path, traces_folder: Path, view: str = "") -> tuple[list[Prompt], list[Trace]]:
@@ -216,6 +197,4 @@ def read_traces(prompts_folder: Path, traces_folder: Path, view: str = "") -> tu
 # %% ../../nbs/teacher/44_asked.ipynb #43a5eb09
 def outcome(traces: list[Trace], aside: list[Quarantined]) -> str:
     "Traces, and what was put aside by reason."
-    reasons = Counter(short(q.reason, 60) for q in aside).most_common()
-    told = "; ".join(f"{n} x {reason}" for reason, n in reasons[:5]) + ("; ..." if len(reasons) > 5 else "")
-    return f"{len(traces):,} traces, {len(aside):,} put aside" + (f": {told}" if aside else "")
+    return f"{len(traces):,} traces, {len(aside):,} put aside" + (f": {commonest(q.reason for q in aside)}" if aside else "")

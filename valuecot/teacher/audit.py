@@ -11,14 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .rules import value
-from .styles import STYLES, TOLERANCE, alike, disassemble, length, sentences
+from .styles import ASKED, STYLES, TOLERANCE, alike, disassemble, length, sentences
 from ..types import Prompt, Shown, Trace
 
 # %% auto #0
 __all__ = ['VERDICT', 'REFUSAL', 'LONGEST', 'BRIEF', 'HARD', 'CHECKS', 'LENGTH', 'quoted', 'Finding', 'syllables', 'stems',
-           'other_pair', 'few_quotes', 'long_names', 'not_named', 'long_sentences', 'hard_words', 'from_outside',
-           'long_reply', 'early_verdict', 'refusal', 'other_layout', 'other_length', 'check_trace', 'unequal', 'bare',
-           'near_duplicates', 'audit', 'rates']
+           'other_pair', 'is_detail', 'few_quotes', 'long_names', 'not_named', 'long_sentences', 'hard_words',
+           'from_outside', 'long_reply', 'early_verdict', 'refusal', 'other_layout', 'other_length', 'apart', 'unequal',
+           'bare', 'near_duplicates', 'audit', 'applies', 'rates']
 
 # %% ../../nbs/teacher/48_audit.ipynb #8bf4acf4
 VERDICT = re.compile(r"\bI will\b|\bcomes? first\b|\bcounts more\b|\bweighs more\b|\bmore important\b|\bI settle\b")
@@ -72,9 +72,16 @@ def other_pair(prompt: Prompt, trace: Trace) -> list[str]:
     return [] if fits else [f"{trace.value_1} and {trace.value_2}, the prompt has {prompt.value_1} and {prompt.value_2}"]
 
 
+def is_detail(text: str, names: set[str]) -> bool:
+    "Whether a quote tells of the prompt: two words, or a word of five letters, that only name no value."
+    words = re.findall(r"\w+", text.lower())
+    return " ".join(words) not in names and (len(words) > 1 or len("".join(words)) >= 5)
+
+
 def few_quotes(prompt: Prompt, trace: Trace) -> list[str]:
     "Fewer than two details of the prompt, word for word."
-    found = quoted(trace.reasoning, prompt.text)
+    names = {" ".join(re.findall(r"[^\W_]+", name.lower())) for name in (prompt.value_1, prompt.value_2, trace.value_1, trace.value_2)}
+    found = [text for text in quoted(trace.reasoning, prompt.text) if is_detail(text, names)]
     return [] if len(found) >= 2 else [f"{len(found)} details quoted word for word, at least 2 asked"]
 
 
@@ -151,26 +158,20 @@ def other_length(trace: Trace, words: int | None) -> list[str]:
     count = length(trace.phases)
     return [f"reasoning of {count} words, {words} asked"] if words is not None and abs(count - words) > words * TOLERANCE else []
 
-
-def check_trace(
-    prompt: Prompt,
-    trace: Trace,
-    words: int | None = None,  # asked of the reasoning
-) -> list[str]:  # what is wrong, empty if nothing
-    "What one trace breaks of what its teacher was asked."
-    return [detail for check in CHECKS.values() for detail in check(prompt, trace)] + other_length(trace, words)
-
 # %% ../../nbs/teacher/48_audit.ipynb #efa1eb7a
+def apart(traces: list[Trace], tolerance: float) -> list[dict[str, Trace]]:  # by style
+    "The traces of each prompt whose lengths differ by more than `tolerance` of the longest."
+    by: dict[str, dict[str, Trace]] = defaultdict(dict)
+    for t in traces:
+        by[t.prompt_id][t.style] = t
+    sizes = {name: [length(t.phases) for t in own.values()] for name, own in by.items()}
+    return [own for name, own in by.items() if not alike(min(sizes[name]), max(sizes[name]), tolerance)]
+
+
 def unequal(traces: list[Trace]) -> list[tuple[Trace, str]]:
     "Annealing traces whose length is off from their standard's."
-    standard = {t.prompt_id: length(t.phases) for t in traces if t.style == "standard"}
-    found = []
-    for t in traces:
-        if t.style == "annealing" and t.prompt_id in standard:
-            ours, theirs = length(t.phases), standard[t.prompt_id]
-            if not alike(ours, theirs):
-                found.append((t, f"{ours} words, its standard {theirs}"))
-    return found
+    pairs = apart([t for t in traces if t.style in ASKED], TOLERANCE)
+    return [(own["annealing"], f"{length(own['annealing'].phases)} words, its standard {length(own['standard'].phases)}") for own in pairs]
 
 
 def bare(trace: Trace) -> frozenset[str]:
@@ -214,9 +215,14 @@ def audit(
     return found
 
 
+def applies(kind: str, style: str) -> bool:
+    "Whether traces of a style can have a fault at all."
+    return {"a verdict while exploring": "explore" in STYLES[style].roles, "another layout": any(STYLES[style].headers), "unequal length": style == "annealing"}.get(kind, True)
+
+
 def rates(findings: list[Finding], traces: list[Trace]) -> list[dict[str, object]]:  # rows: teacher, style, kind, traces, of, share
-    "How many traces have each fault, by teacher and style; zeros included."
+    "How many traces have each fault that they could have, by teacher and style; zeros included."
     of = Counter((t.teacher, t.style) for t in traces)
     hit = Counter((f.teacher, f.style, f.kind) for f in {(f.prompt_id, f.style, f.kind): f for f in findings}.values())
     kinds = [*CHECKS, LENGTH, "unequal length", "near-duplicate"]
-    return [{"teacher": a, "style": b, "kind": k, "traces": hit[a, b, k], "of": n, "share": hit[a, b, k] / n} for (a, b), n in sorted(of.items()) for k in kinds]
+    return [{"teacher": a, "style": b, "kind": k, "traces": hit[a, b, k], "of": n, "share": hit[a, b, k] / n} for (a, b), n in sorted(of.items()) for k in kinds if applies(k, b)]

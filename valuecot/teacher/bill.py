@@ -11,11 +11,11 @@ from ..data.sources import WORDS, drawn, missing_downloads, source_prompts
 from ..flow.plan import Job, Plan, why
 from ..providers.cache import Cache
 from ..settings import Settings, tell
-from .desks import backends, cost_lines, estimate, is_folder, model_name, questions, replies_path, teachers_of
+from .desks import backends, called, cost_lines, estimate, is_folder, questions, replies_path, teachers_of
 from ..types import Prompt
 
 # %% auto #0
-__all__ = ['planned_prompts', 'rows_of', 'in_the_way', 'bill', 'check', 'main']
+__all__ = ['planned_prompts', 'unable', 'rows_of', 'in_the_way', 'bill', 'check', 'main']
 
 # %% ../../nbs/teacher/46_bill.ipynb #c5fca35b
 def planned_prompts(settings: Settings) -> tuple[list[Prompt], str]:  # prompts that get traces, a remark
@@ -27,55 +27,58 @@ def planned_prompts(settings: Settings) -> tuple[list[Prompt], str]:  # prompts 
     return [p for p in drawn(source_prompts(data), data) if p.split in ("sft", "heldout")], ""
 
 
-def rows_of(settings: Settings, prompts: list[Prompt]) -> tuple[list[dict[str, object]], float]:  # by teacher; dollars spent so far
-    "Questions, those on disk, and what the others would cost."
-    models, words = teachers_of(settings), settings["geometry.traces"].words
-    wants = questions(settings, prompts)
-    if not replies_path().exists():
-        return estimate(wants, models, None, words), 0.0
-    with Cache(replies_path()) as cache:
-        return estimate(wants, models, cache, words), cache.spent
-
-
-def in_the_way(settings: Settings, rows: list[dict[str, object]]) -> list[str]:
-    "Teachers that have questions left and cannot be asked."
+def unable(settings: Settings) -> dict[str, Exception]:  # by teacher
+    "Why some teachers cannot be asked."
     models = teachers_of(settings)
     missing = backends(models.values())[1]
-    reasons = {row["teacher"]: missing.get(f"{models[row['teacher']].provider}/{model_name(models[row['teacher']])}") for row in rows}
+    return {name: missing[who] for name, m in models.items() if (who := called(m)) in missing}
+
+
+def rows_of(settings: Settings, prompts: list[Prompt]) -> tuple[list[dict[str, object]], float]:  # by teacher; dollars spent so far
+    "Questions, those on disk, and what the others would cost."
+    asked = questions(settings, prompts), teachers_of(settings)
+    words, lost = settings["geometry.traces"].words, unable(settings)
+    if not replies_path().exists():
+        return estimate(*asked, None, words, lost), 0.0
+    with Cache(replies_path()) as cache:
+        return estimate(*asked, cache, words, lost), cache.spent
+
+
+def in_the_way(settings: Settings, rows: list[dict[str, object]]) -> list[Exception]:
+    "Teachers that have questions left and cannot be asked."
     left = {row["teacher"]: row["questions"] - row["on_disk"] for row in rows}
-    return [f"{left[name]:,} questions to {name} have no reply yet, and nobody can be asked: {reason}" for name, reason in reasons.items() if reason and left[name]]
+    return [type(error)(f"{left[name]:,} questions to {name} have no reply yet, and nobody can be asked: {error}") for name, error in unable(settings).items() if left[name]]
 
-
+# %% ../../nbs/teacher/46_bill.ipynb #d250679d
 def bill(settings: Settings) -> str:
     "The plan's part about teachers."
     models = teachers_of(settings)
     prompts, remark = planned_prompts(settings)
     rows, spent = rows_of(settings, prompts)
-    if lost := [said for said in in_the_way(settings, rows) if "no such folder" in said]:
-        raise FileNotFoundError(lost[0])
-    found = cost_lines(rows, backends(models.values())[1], settings["geometry.traces"].cap, spent)
+    for error in in_the_way(settings, rows):
+        if isinstance(error, FileNotFoundError):
+            raise error
+    found = cost_lines(rows, unable(settings), settings["geometry.traces"].cap, spent)
     found += [f"  needs a download, unless it was downloaded before: teacher.{name}.model = {m.model} (accept its licence where it is gated)" for name, m in models.items() if m.provider == "transformers" and not is_folder(m)]
     return "\n".join(found + ([f"  {remark}"] if remark else []))
 
 
-def check(settings: Settings, overrides: str) -> str:  # nothing, or an error
+def check(settings: Settings) -> str:  # nothing, or an error
     "Refuse a study whose traces could not be had; one that has them, or is given replies, needs nobody."
-    unable = backends(teachers_of(settings).values())[1]
-    if not unable or settings["geometry.traces"].replies or not why(Plan(settings.profile, "geometry", overrides), Job("geometry", "traces")):
+    if not unable(settings) or settings["geometry.traces"].replies or not why(Plan(settings.profile, "geometry", settings.overrides), Job("geometry", "traces")):
         return ""
     prompts, remark = planned_prompts(settings)
     if remark and replies_path().exists():  # which replies are kept cannot be told without the prompts
         return ""
     if lost := in_the_way(settings, rows_of(settings, prompts)[0]):
-        raise ValueError("; ".join(lost))
+        raise ValueError("; ".join(map(str, lost)))
     return ""
 
 # %% ../../nbs/teacher/46_bill.ipynb #c2a7cdb4
 def main(argv: list[str]) -> int:  # exit status
     "`python -m valuecot.teacher.bill [check] --profile paper --set '...'`"
     if argv[:1] == ["check"]:
-        given = dict(zip(argv[1::2], argv[2::2], strict=False))
-        return tell(argv[1:], "valuecot.teacher.bill check", "Whether the study's teachers can be asked, where they must; sends nothing.", lambda settings: check(settings, given.get("--set", "")))
+        return tell(argv[1:], "valuecot.teacher.bill check", "Whether the study's teachers can be asked, where they must; sends nothing.", check)
     return tell(argv, "valuecot.teacher.bill", "What teachers would be asked, and what it would cost; sends nothing.", bill)
 
 # %% ../../nbs/teacher/46_bill.ipynb #0d353f5e

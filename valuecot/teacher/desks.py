@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,15 +20,15 @@ from ..providers.requests import Failed, Reply, Request
 from ..settings import Settings, TeacherModel, outputs, root
 from ..store import digest
 from . import rules, styles
-from .asked import Desk, Wanted, wanted
+from .asked import Desk, Wanted, once_more, wanted
 from .schemas import as_reply
-from .templates import read_templates
+from .templates import templates_of
 from ..types import Prompt
 
 # %% auto #0
-__all__ = ['WRITTEN_BY', 'BYTES', 'THOUGHT', 'RulesDesk', 'Rules', 'is_folder', 'model_name', 'desk_of', 'assigned',
-           'teachers_of', 'questions', 'replies_path', 'price_of', 'backend_of', 'backends', 'estimate', 'room_line',
-           'cost_lines']
+__all__ = ['WRITTEN_BY', 'BYTES', 'THOUGHT', 'RulesDesk', 'Rules', 'is_folder', 'model_name', 'called', 'desk_of', 'assigned',
+           'teachers_of', 'questions', 'replies_path', 'price_of', 'backend_of', 'backends', 'ended', 'estimate',
+           'room_line', 'cost_lines']
 
 # %% ../../nbs/teacher/45_desks.ipynb #f519f260
 WRITTEN_BY = "rules-" + digest([inspect.getsource(m) for m in (rules, styles, details)], 8)  # other rules are another teacher: their old replies do not answer for them
@@ -45,7 +45,7 @@ class RulesDesk(Desk):
         return Request(self.provider, self.model, (("user", prompt.text),), self.max_tokens, told)
 
 
-class Rules:
+class Rules(Backend):
     "The offline teacher as a backend: the same question, the same reply, on every machine."
 
     connections, price = 8, Price(0.0, 0.0)
@@ -58,7 +58,7 @@ class Rules:
             trace = rules.write_trace(prompt, told["style"], told["words"], seed=0)
             return Reply(as_reply(trace).model_dump_json(), request.model, 0, 0, "stop")
         except ValueError as error:  # too short to quote from, or it holds a mark of the layout
-            raise Failed(" ".join(str(error).split()), lasting=True) from None
+            raise Failed(" ".join(str(error).split()), lasting=True, kind="unfit") from None
 
     async def close(self) -> None:
         "Nothing is open."
@@ -76,6 +76,11 @@ def model_name(model: TeacherModel) -> str:
         return WRITTEN_BY
     folder = is_folder(model)
     return f"{Path(model.model).name}-{digest(model.model, 6)}" if folder else model.model
+
+
+def called(model: TeacherModel) -> str:  # as `Request.who`
+    "Provider and model, as questions name them."
+    return f"{model.provider}/{model_name(model)}"
 
 
 def desk_of(name: str, model: TeacherModel) -> Desk:
@@ -99,8 +104,8 @@ def questions(settings: Settings, prompts: Iterable[Prompt]) -> list[Wanted]:
     "Everything that the study asks about `prompts`: one question for each style, to the prompt's teacher."
     traces = settings["geometry.traces"]
     desks = {name: desk_of(name, model) for name, model in teachers_of(settings).items()}
-    templates = read_templates(root() / traces.templates) if traces.templates else None
-    if templates and all(isinstance(desk, RulesDesk) for desk in desks.values()):
+    templates = templates_of(traces)
+    if traces.templates and all(isinstance(desk, RulesDesk) for desk in desks.values()):
         raise ValueError(f"geometry.traces.templates = {str(traces.templates)!r} would do nothing: the rules teacher reads no template")
     return list(wanted(prompts, styles.ASKED, lambda p: desks[assigned(p, traces.teachers)], traces.words, templates))
 
@@ -122,23 +127,23 @@ def backend_of(model: TeacherModel) -> Backend:
     if model.provider == "transformers":
         own = root() / model.model  # a folder beside the project reads the same from every working folder
         if is_folder(model) and not own.is_dir():
-            raise ValueError(f"no such folder: {model.model}; a teacher with provider = transformers names a folder that holds a model, or a repository of the hub")
+            raise FileNotFoundError(f"no such folder: {model.model}; a teacher with provider = transformers names a folder that holds a model, or a repository of the hub")
         return Local(str(own) if own.exists() else model.model, model.connections)
     who = model.provider, price_of(model), model.base_url, model.connections
     return Batched(*who, timeout=model.timeout) if model.batched else Live(*who, model.per_minute, model.tokens_per_minute, model.timeout)
 
 
-def backends(models: Iterable[TeacherModel]) -> tuple[dict[str, Backend], dict[str, str]]:  # by provider/model: who can be asked; why the others cannot
+def backends(models: Iterable[TeacherModel]) -> tuple[dict[str, Backend], dict[str, Exception]]:  # by provider/model: who can be asked; why the others cannot
     "Teachers; one without its key or its folder is left out, with the reason."
     found, missing, seen = {}, {}, {}
     for m in models:
-        who = f"{m.provider}/{model_name(m)}"
+        who = called(m)
         if seen.setdefault(who, m) != m:
             raise ValueError(f"two teachers ask {who} in different ways, and their replies could not be told apart: give one another model name, or leave it out")
         try:
             found[who] = backend_of(m)
-        except ValueError as error:
-            missing[who] = str(error)
+        except (ValueError, FileNotFoundError) as error:
+            missing[who] = error
     return found, missing
 
 # %% ../../nbs/teacher/45_desks.ipynb #1ea23349
@@ -146,18 +151,26 @@ BYTES = 4.2  # of English per token, roughly, for the likely cost alone
 THOUGHT = 1.0  # tokens of thinking per token of the object, for models that think; a guess
 
 
+def ended(request: Request, cache: Cache, able: bool) -> bool:
+    "Whether a run asks it no more: its reply is on disk, or a reason that stays."
+    last = once_more(request, lambda reply: None, cache) or request  # an empty reply is asked for once more
+    told = cache.failure(last)
+    return cache.reply(last) is not None or told is not None and (told.billed or not able)
+
+
 def estimate(
     wants: Iterable[Wanted],
     models: dict[str, TeacherModel],  # by teacher
     cache: Cache | None,  # None: nothing is on disk
     words: int,  # asked of a reasoning
+    unable: Container[str] = (),  # teachers that cannot be asked: a reason that is on disk for free is their last word
 ) -> list[dict[str, object]]:  # rows: teacher, questions, on_disk, usd_likely, usd_at_most
     "Calls and dollars, by teacher."
     rows = {name: {"teacher": name, "questions": 0, "on_disk": 0, "input_tokens_likely": 0, "output_tokens_likely": 0, "usd_likely": 0.0, "usd_at_most": 0.0} for name in models}
     for want in wants:
         row, price = rows[want.desk.name], price_of(models[want.desk.name])
         row["questions"] += 1
-        if cache is not None and cache.reply(want.request) is not None:
+        if cache is not None and ended(want.request, cache, want.desk.name not in unable):
             row["on_disk"] += 1
             continue
         asked, told = round(len(want.request.text.encode()) / BYTES), round(1.4 * 1.6 * words * (1 + THOUGHT))
@@ -177,12 +190,12 @@ def room_line(likely: float, most: float, cap: float, spent: float) -> list[str]
     return [f"  the cap leaves {usd(left)}, {less}: raise geometry.traces.cap"]
 
 
-def cost_lines(rows: list[dict[str, object]], missing: dict[str, str], cap: float, spent: float) -> list[str]:
+def cost_lines(rows: list[dict[str, object]], unable: dict[str, Exception], cap: float, spent: float) -> list[str]:
     "What a reader of the plan sees."
-    paid = [r for r in rows if r["usd_at_most"] or r["teacher"] in missing]
+    paid = [r for r in rows if r["usd_at_most"] or r["teacher"] in unable]
     found = [f"  {r['teacher']}: {r['questions']:,} questions, {r['on_disk']:,} of them on disk, nothing to pay" for r in rows if r not in paid]
     for r in paid:
         found.append(f"  {r['teacher']}: {r['questions']:,} questions, {r['on_disk']:,} of them on disk; likely {usd(r['usd_likely'])} ({r['input_tokens_likely']:,} tokens in, {r['output_tokens_likely']:,} out, a guess), at most {usd(r['usd_at_most'])}")
     likely, most = sum(r["usd_likely"] for r in rows), sum(r["usd_at_most"] for r in rows)
     head = f"teachers: likely {usd(likely)}, at most {usd(most)} if each is asked once, at list prices and the batch share where batched = yes; spent so far {usd(spent)}; nothing is sent that could pass the cap of {usd(cap)}" if paid else "teachers: nothing to pay"
-    return [head, *(room_line(likely, most, cap, spent) if paid else []), *found, *(f"  {reason}" for reason in missing.values())]
+    return [head, *(room_line(likely, most, cap, spent) if paid else []), *found, *dict.fromkeys(f"  {reason}" for reason in unable.values())]

@@ -11,6 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from ..data.conflictscope import COMMIT, REPOSITORY
 from ..settings import Data, Settings, TeacherModel
@@ -18,12 +19,13 @@ from .asked import Quarantined, by_reason
 from .audit import Finding
 from .desks import model_name, teachers_of
 from .styles import STYLES, TOLERANCE, length
+from .templates import words_asked
 from ..types import Prompt, Trace, short
 
 # %% auto #0
 __all__ = ['OPEN', 'NOTICE', 'COLUMNS', 'TEXTS', 'OURS', 'FIELD', 'WRONG', 'LOADING', 'origin', 'released', 'sha',
            'released_rows', 'without_quotes', 'counted', 'teacher_lines', 'style_lines', 'audit_lines', 'aside_lines',
-           'card']
+           'card', 'request_lines', 'upload', 'unsent']
 
 # %% ../../nbs/teacher/51_release.ipynb #8d39308c
 OPEN = ("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "odc-by")  # licences that allow passing texts on
@@ -86,7 +88,7 @@ def released_rows(prompts: Sequence[Prompt], traces: Sequence[Trace], findings: 
 
 # %% ../../nbs/teacher/51_release.ipynb #aca4b798
 OURS = r"empty reply \([A-Za-z_ ]{1,30}\)|refusal( \([A-Z_]{1,30}\))?|cut off: the reply reached its longest length|no JSON object in the reply|\d+ different objects in the reply, one asked"
-OURS += r"|lengths apart: the traces of its prompt differ by more than geometry\.traces\.match|no [a-z]+ form: \d+ phases, \d+ words|[a-z]+ in the batch queue"
+OURS += r"|lengths apart: the traces of its prompt differ by more than geometry\.traces\.match"
 FIELD = r"(the object|values|response|annealing_cot|final_model_response|values\.value_[12]|response\.(cot|final_response)|annealing_cot\.phase_[123]_(high_temp|cooling|low_temp))"
 WRONG = rf"{FIELD} (is missing|is blank|is no text|is no object|has \d+ words, at most three allowed|holds a mark that the layout adds itself \(<think>, a phase's header\))"
 
@@ -121,13 +123,13 @@ def style_lines(rows: Sequence[dict], prompts: int) -> list[str]:  # Markdown
     return found
 
 
-def audit_lines(rows: Sequence[dict], words: int) -> list[str]:  # Markdown
+def audit_lines(rows: Sequence[dict], words: int | None) -> list[str]:  # Markdown
     "Faults by teacher and style."
     faults = Counter((row["teacher"], row["style"], kind) for row in rows for kind in row["audit"])
     of = Counter((row["teacher"], row["style"]) for row in rows)
     told = [
         "Checks read words, not meaning; a fault is a reason to look. *another value pair*: the values that the teacher named share no word with the prompt's two; a good synonym counts too. "
-        f"*another length than asked*: more than {100 * TOLERANCE:.0f} % off the {words} words asked for. *unequal length*: as much off the standard reasoning of its prompt.", "",
+        + (f"*another length than asked*: more than {100 * TOLERANCE:.0f} % off the {words} words asked for. " if words else "The teachers were asked for no length. ") + "*unequal length*: as much off the standard reasoning of its prompt.", "",
     ]  # fmt: skip
     table = ["| teacher | style | fault | rows | of |", "|---|---|---|---|---|", *(f"| {a} | {b} | {k} | {n} | {of[a, b]} |" for (a, b, k), n in sorted(faults.items()))]
     return told + (table if faults else ["Nothing was seen."])
@@ -160,7 +162,8 @@ def card(
     made: str,  # when, and by which revision
 ) -> str:  # Markdown with a YAML head
     "README.md of the data set."
-    data, traces = settings["geometry"], settings["geometry.traces"]
+    data, words = settings["geometry"], words_asked(templates, settings["geometry.traces"].words)
+    by_models = any(teacher.provider != "rules" for teacher in teachers_of(settings).values())
     (source, licence), open_ = origin(data), released(data)
     texts = "Texts are included." if open_ else "Texts are withheld, since the prompts' licence is not known: rows hold ids and SHA-256 hashes of the texts, so whoever has the prompts can join them."
     parts = [
@@ -175,9 +178,44 @@ def card(
         "## Prompts", f"Source: {source}. Licence: {licence or 'not known'}. " + NOTICE.get(data.prompts, "Whoever passes these rows on names the source and keeps its licence notice." if licence else ""), "",
         "## Teachers", *teacher_lines(teachers_of(settings)), "", "A prompt has one teacher, drawn by a hash of its id, for all styles. What a provider allows to be done with its models' output is for the user to check.", "",
         "## Counts", *counted(rows, "split", "teacher", "style"), "",
-        "## What the audit saw", *audit_lines(rows, traces.words), "",
+        "## What the audit saw", *audit_lines(rows, words), "",
         "## Put aside", *aside_lines(aside, prompts, open_), "",
         "## The same again", "`replies.jsonl.gz` holds the teachers' replies; a study that names its folder in `geometry.traces.replies` makes these rows from it without a key." if open_ else "The teachers' replies quote the prompts and are withheld too.", "",
-        "## How the teachers were asked", f"`{{words}}` is {traces.words}, and `{{prompt}}` the prompt's text.", "", *(f"### {name}\n````text\n{text.strip()}\n````" for name, text in templates.items()), "",
+        *(request_lines(templates, words) if by_models else []),
     ]  # fmt: skip
     return "\n".join(parts)
+
+
+def request_lines(templates: dict[str, str], words: int | None) -> list[str]:  # Markdown
+    "What teachers were sent; rules read no template."
+    places = f"`{{words}}` is {words}, and `{{prompt}}` the prompt's text." if words else "`{prompt}` is the prompt's text; no length was asked for."
+    return ["## How the teachers were asked", places, "", *(f"### {name}\n````text\n{text.strip()}\n````" for name, text in templates.items()), ""]
+
+# %% ../../nbs/teacher/51_release.ipynb #e841044b
+def upload(
+    kind: str,  # "dataset" or "model"
+    name: str,  # owner/name
+    folder: Path,
+    public: bool,
+    message: str,
+    **patterns: list[str],  # allow_patterns, delete_patterns
+) -> str:  # where it is
+    "Send a folder to the Hugging Face hub; what an earlier upload left there goes, and stays in its history."
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    hub.create_repo(name, repo_type=kind, private=not public, exist_ok=True)
+    private = hub.repo_info(name, repo_type=kind).private
+    if private == public:
+        raise ValueError(f"{name} is {'private: leave PUBLIC out, and let its owner make it public' if private else 'public: make it private first, and public again when you have read what is in it' + (', or say PUBLIC=yes' if kind == 'model' else '')}")
+    return str(hub.upload_folder(repo_id=name, repo_type=kind, folder_path=folder, commit_message=message, **patterns))
+
+
+def unsent(error: Exception) -> str:
+    "Why nothing was published: for a reason of ours, or one of the hub's."
+    said = error.args[0] if error.args else error
+    if not isinstance(error, KeyError | ValueError | FileNotFoundError):  # the hub's own client raises those of three libraries
+        from huggingface_hub.constants import ENDPOINT
+
+        said = f"{ENDPOINT} did not take it ({type(error).__name__}: {error}); it wants a network, and a token with write access (hf auth login, or HF_TOKEN)"
+    return f"error: nothing was published: {said}"

@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 
 from ..data.questions import Question, check_questions
-from ..providers.asking import Backend, Policy, Tally
+from ..providers.asking import Backend, Policy, Tally, finished
 from ..providers.cache import Cache
 from ..providers.requests import Request
 from ..providers.structured import read
 from ..settings import nearest
-from .asked import Desk, Ending, Quarantined, Reads, ask_twice, together
+from .asked import Desk, Ending, Quarantined, Reads, ask_twice
 from .schemas import schema_of, star_reply
 from .styles import assemble
 from .templates import check_places, fill, template_files
@@ -150,15 +150,19 @@ def star(
         q = questions[place]
         return desks[place].asks(star_wording(q, step, hint, templates), schema_of(star_reply(q.letters))), star_reads(q)
 
-    endings, tally = ask_twice([asked(i, "first", False) for i in range(len(questions))], backends, cache, policy, progress)
-    firsts = list(endings)
     hinted = [hints and bool(q.explanation) for q in questions]
-    missed = [i for i, (q, end) in enumerate(zip(questions, firsts, strict=True)) if end.reason or (end.found and end.found.answer != q.gold)]
-    endings, more = ask_twice([asked(i, "rationalise", hinted[i]) for i in missed], backends, cache, policy, progress)
-    later = dict(zip(missed, endings, strict=True))
+
+    async def passes() -> tuple[list[Ending], dict[int, Ending], Tally]:
+        endings, tally = await ask_twice([asked(i, "first", False) for i in range(len(questions))], backends, cache, policy, progress)
+        firsts = list(endings)
+        missed = [i for i, (q, end) in enumerate(zip(questions, firsts, strict=True)) if end.reason or (end.found and end.found.answer != q.gold)]
+        endings, more = await ask_twice([asked(i, "rationalise", hinted[i]) for i in missed], backends, cache, policy, progress)
+        return firsts, dict(zip(missed, endings, strict=True)), tally + more
+
+    firsts, later, tally = finished(passes())
     rows = [row_of(q, desks[i], firsts[i], later.get(i), hinted[i]) for i, q in enumerate(questions)]
     keys = [key for end in (*firsts, *later.values()) for key in end.keys]
-    return Starred([row for row in rows if row], together(tally, more), tuple(dict.fromkeys(keys)))
+    return Starred([row for row in rows if row], tally, tuple(dict.fromkeys(keys)))
 
 # %% ../../nbs/teacher/49_star.ipynb #252a1505
 def star_trace(row: StarRow) -> Trace:

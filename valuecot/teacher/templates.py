@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ..settings import Traces, root
 from .styles import style
 
 # %% auto #0
 __all__ = ['OPENING', 'EXAMPLE_MESSAGE', 'EXAMPLE_REPLY', 'CLOSING', 'MESSAGE', 'STANDARD', 'ANNEALING', 'TEMPLATES', 'fill',
-           'request', 'template_files', 'check_places', 'read_templates']
+           'request', 'template_files', 'check_places', 'read_templates', 'templates_of', 'words_asked']
 
 # %% ../../nbs/teacher/41_templates.ipynb #72a6b9b7
 OPENING = """\
@@ -174,3 +175,13 @@ def read_templates(
     for name, text in found.items():
         check_places(style(name).name, text, {"prompt": "the user's message"})
     return TEMPLATES | found
+
+
+def templates_of(settings: Traces) -> dict[str, str]:  # style -> template
+    "Request templates that a study names, or ours."
+    return read_templates(root() / settings.templates) if settings.templates else TEMPLATES
+
+
+def words_asked(templates: dict[str, str], words: int) -> int | None:
+    "Words that teachers are told; None where a template does not tell them."
+    return words if all("{words}" in text for text in templates.values()) else None

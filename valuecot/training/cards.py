@@ -20,7 +20,7 @@ from ..settings import ModelShape, Settings, load
 from ..stats import wilson
 from ..store import read_json, write_text
 from ..teacher.desks import teachers_of
-from ..teacher.release import NOTICE, origin, released, teacher_lines
+from ..teacher.release import NOTICE, origin, released, teacher_lines, unsent, upload
 from ..teacher.styles import STYLES
 from .arguments import fixed
 from .terms import LICENCES, Helper, check_helpers, check_name, helpers, is_folder, licence_of, papers
@@ -30,7 +30,7 @@ from ..types import Arm, Shown, short
 __all__ = ['USES', 'MISUSES', 'Finished', 'lineage', 'last_values', 'sampled', 'job_of', 'read_finished', 'head', 'share_of',
            'taught', 'reinforced', 'arm_sentence', 'table', 'shown', 'settings_rows', 'rate', 'mean', 'results',
            'record_of', 'base_lines', 'helper_lines', 'data_lines', 'settings_lines', 'curve_lines', 'provenance_lines',
-           'warning_lines', 'limit_lines', 'loading_lines', 'card', 'check_leaving', 'pack', 'send', 'publish', 'main']
+           'warning_lines', 'limit_lines', 'loading_lines', 'card', 'check_leaving', 'pack', 'publish', 'main']
 
 # %% ../../nbs/training/60_cards.ipynb #0d98fcb4
 @dataclass(frozen=True)
@@ -336,18 +336,6 @@ def pack(found: Finished, told: str, beside: dict[str, str], place: Path) -> Pat
         write_text(place / name, text)
     return place
 
-
-def send(place: Path, name: str, public: bool, message: str) -> str:  # where it is
-    "Upload a folder; what an earlier upload left in the repository goes, and stays in its history."
-    from huggingface_hub import HfApi
-
-    hub = HfApi()
-    hub.create_repo(name, repo_type="model", private=not public, exist_ok=True)
-    private = hub.repo_info(name, repo_type="model").private
-    if private == public:
-        raise ValueError(f"{name} is {'private: leave PUBLIC out, and let its owner make it public' if private else 'public: make it private first, or say PUBLIC=yes'}")
-    return str(hub.upload_folder(repo_id=name, repo_type="model", folder_path=place, delete_patterns=["*"], commit_message=message))
-
 # %% ../../nbs/training/60_cards.ipynb #8840b433
 def publish(profile: str, model: str, name: str, overrides: str = "", licence: str = "", agreement: str = "", data: str = "", public: bool = False, sent: bool = False) -> str:  # what to tell the user
     "Show what would go to the hub; with `sent`, send it."
@@ -365,7 +353,7 @@ def publish(profile: str, model: str, name: str, overrides: str = "", licence: s
         listed = "\n".join([told, f"to {name}, {'public' if public else 'private'}:", *files])
         if not sent:
             return f"{listed}\nnothing was sent: say SEND=yes to send it"
-        return f"{listed}\nsent: {send(packed, name, public, f'valuecot, profile {profile}, {model}')}"
+        return f"{listed}\nsent: {upload('model', name, packed, public, f'valuecot, profile {profile}, {model}', delete_patterns=['*'])}"
 
 
 def main(argv: list[str]) -> int:  # exit status
@@ -378,8 +366,8 @@ def main(argv: list[str]) -> int:  # exit status
     asked = parser.parse_args(argv)
     try:
         print(publish(asked.profile, asked.model, asked.to, asked.set, asked.licence, asked.agreement, asked.data, asked.public == "yes", asked.send == "yes"))
-    except Exception as error:  # the hub's own client raises those of three libraries
-        print(f"error: nothing was published: {error.args[0] if isinstance(error, KeyError) else f'{type(error).__name__}: {error}'}", file=sys.stderr)
+    except Exception as error:
+        print(unsent(error), file=sys.stderr)
         return 2
     return 0
 
