@@ -36,14 +36,14 @@ def pytest_configure(config):
 
 
 def study_outputs() -> Path:
-    "Outputs of one run of the geometry study on the test profile, by the real command; made once for all workers."
+    "Outputs of one run of both studies on the test profile, by the real command; made once for all workers."
     shared = Path(os.environ[SHARED])
     folder, said = shared / "outputs", shared / "outputs" / "study.txt"
     with open(shared / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if said.exists():
             return folder
-        command = [sys.executable, "-m", "valuecot.flow.study", "run", "--profile", "test", "--study", "geometry"]
+        command = [sys.executable, "-m", "valuecot.flow.study", "run", "--profile", "test", "--study", "all"]
         run = subprocess.run(command, cwd=ROOT, env={**os.environ, "VALUECOT_OUTPUTS": str(folder)}, capture_output=True, text=True)
         if run.returncode:
             logs = "\n".join(f"{p.name}\n{p.read_text()[-2000:]}" for p in sorted((folder / "test" / "log").glob("*.log")))

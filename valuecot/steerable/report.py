@@ -14,7 +14,7 @@ import pandas as pd
 from ..data.questions import Question
 from ..flow.plan import DATASETS, Stage, split_cell
 from ..flow.run import finish
-from ..judge import Interval, binary, blind_ceiling, constant, correct, flip_accuracy, holm, majority, mcnemar, modal, readings, score, score_intervals, steerability_gain
+from ..judge import binary, blind_ceiling, constant, correct, flip_accuracy, holm, majority, mcnemar, modal, readings, score, score_intervals, steerability_gain
 from ..store import read_records
 from ..types import Answer, Run
 from ..view.gather import write_table
