@@ -13,7 +13,8 @@ from valuecot.data.opinionqa import Asked, cleaned, load_survey_folder, survey_q
 from valuecot.data.perspectives import survey_world, value_world, weighed
 from valuecot.data.question_sources import BENCHMARKS, foreseen_questions, questions_of
 from valuecot.data.question_splits import PARTS, batteries, jaccard, leakage, scenario_of, split_questions, subsample, twins, words_of_question
-from valuecot.data.questions import Question, blind_ceiling, check_questions
+from valuecot.judge import blind_ceiling
+from valuecot.data.questions import Question, check_questions
 from valuecot.data.value_kaleidoscope import label_of, load_value_folder, official_questions, value_questions
 from valuecot.store import read_records, write_records
 
@@ -22,6 +23,10 @@ WORLDS = {"values": value_world, "survey": survey_world}
 PAIR = {"situation": "Helping refugees", "vrd": "Care", "label_text": "Supports", "explanation": "It helps."}
 LISTED = {"question": "Question: Do you work?\nOptions: A. Yes B. No\nAnswer:", "options": ["Yes", "No"], "attribute": "SEX_Male", "gold_distribution": [0.7, 0.3]}
 ASKED = Asked("Do you work?", ("Yes", "No"), "SEX: Male", (0.7, 0.3))
+
+
+def ceiling(questions) -> float:
+    return blind_ceiling([q.gold_text for q in questions], [q.cluster for q in questions], draws=2).estimate
 
 
 def real(name: str) -> Path:
@@ -59,9 +64,9 @@ def test_a_cluster_is_a_situation_or_a_stem_with_its_options():
 
 def test_the_blind_ceiling_is_the_best_answer_per_cluster():
     rows = [replace(GOOD, id=str(i), perspective=str(i), gold="AAB"[i % 3]) for i in range(6)] + [replace(GOOD, id="x", scenario="Do you rest?")]
-    assert blind_ceiling(rows) == (4 + 1) / 7
+    assert ceiling(rows) == (4 + 1) / 7
     turned = [replace(q, options=q.options[::-1], gold="BA"["AB".index(q.gold)]) for q in rows]
-    assert blind_ceiling(rows[:3] + turned[3:]) == 5 / 7, "the order of options changes letters, not answers"
+    assert ceiling(rows[:3] + turned[3:]) == 5 / 7, "the order of options changes letters, not answers"
 
 
 def test_questions_survive_the_disk(tmp_path):
@@ -277,7 +282,7 @@ def test_real_prompts_are_all_read_and_have_the_ceiling_of_the_notes():
     questions, counts = load_survey_folder(real("opinionqa_train"))
     assert counts == {"rows": 77560, "questions": 77560} and len({q.perspective for q in questions}) == 61
     assert (len({q.scenario for q in questions}), len({q.cluster for q in questions})) == (1235, 1274)
-    assert blind_ceiling(questions) == pytest.approx(0.859, abs=5e-4)
+    assert ceiling(questions) == pytest.approx(0.859, abs=5e-4)
     split = split_questions(questions)
     shares = [n / len(split) for n in map(Counter(q.split for q in split).__getitem__, PARTS)]
     assert shares == pytest.approx((0.85, 0.05, 0.10), abs=0.002)
@@ -307,7 +312,7 @@ def test_a_world_is_the_same_every_time_and_another_for_another_seed(name):
 def test_values_decide_in_one_world_and_not_in_the_other(seed):
     planted, null = value_world(150, seed), value_world(150, seed, decided_by="scenario")
     assert [(q.id, q.scenario, q.perspective) for q in planted] == [(q.id, q.scenario, q.perspective) for q in null]
-    assert blind_ceiling(planted) < 0.8 and blind_ceiling(null) == 1
+    assert ceiling(planted) < 0.8 and ceiling(null) == 1
     for rows in (planted, null):
         check_questions(rows)
         assert len({q.scenario for q in rows}) == 150 and len({(q.scenario, q.perspective) for q in rows}) == len(rows)
@@ -342,7 +347,7 @@ def test_values_are_many_and_differ_within_a_scenario():
 def test_groups_decide_in_one_survey_and_not_in_the_other(seed):
     planted, null = survey_world(144, seed), survey_world(144, seed, "scenario")
     assert [(q.id, q.scenario, q.options) for q in planted] == [(q.id, q.scenario, q.options) for q in null]
-    assert blind_ceiling(planted) < 0.7 and blind_ceiling(null) == 1
+    assert ceiling(planted) < 0.7 and ceiling(null) == 1
     for rows in (planted, null):
         check_questions(rows)
         assert len({q.scenario for q in rows}) == 144 and all(q.gold == q.letters[q.shares.index(max(q.shares))] for q in rows)
@@ -459,7 +464,7 @@ def test_fewer_rows_keep_the_labels_in_proportion():
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_one_entry_serves_the_embedded_worlds(benchmark):
     questions, counts = questions_of(benchmark, "embedded", size=20, seed=2, decided_by="scenario")
-    assert len({q.cluster for q in questions}) == 20 and blind_ceiling(questions) == 1 and counts["rows"] == counts["questions"] == len(questions)
+    assert len({q.cluster for q in questions}) == 20 and ceiling(questions) == 1 and counts["rows"] == counts["questions"] == len(questions)
     assert str(len(questions)) in foreseen_questions(benchmark, "embedded", 20) and "gated" in foreseen_questions("value_kaleidoscope", "official")
     with pytest.raises(FileNotFoundError, match="no folder"):
         questions_of(benchmark, "no/such/folder")

@@ -327,6 +327,7 @@ class Steerable:
     validation_rows: int = 0
     test_rows: int = 0
     decided_by: Literal["perspective", "scenario"] = "perspective"  # embedded rows: the planted world, or the null one where no perspective matters
+    damaged: Literal["keep", "drop"] = "keep"  # OpinionQA rows of a folder with an option that lost its share, and may be the right one
     scenarios: int = 0  # embedded situations; 0: the world's own number
     survey_questions: int = 0  # embedded
 

@@ -7,8 +7,8 @@ __all__ = ['STAGES', 'SINGLE', 'ROOTS', 'ABSOLUTE', 'ANSI', 'TAGS', 'VOID', 'ATT
            'stage_order', 'Page', 'found', 'scrub', 'scrubbed', 'Cleaner', 'clean', 'target', 'address', 'linked',
            'uncaptioned', 'figure_html', 'markdown_html', 'shown_output', 'directives', 'bare_imports', 'shown_cells',
            'card_value', 'run_card', 'results_first', 'page_notebook', 'write_page', 'notice', 'listed', 'counted',
-           'what_was_run', 'stage_table', 'teasers', 'stage_docname', 'index_page', 'stage_page', 'add_libraries',
-           'write_sources', 'run_sphinx', 'swap', 'build', 'main']
+           'levels_of', 'what_was_run', 'stage_table', 'teasers', 'stage_docname', 'index_page', 'stage_page',
+           'add_libraries', 'write_sources', 'run_sphinx', 'swap', 'build', 'main']
 
 # %% ../../nbs/companion/90_pages.ipynb #2fd77625
 import ast
@@ -35,6 +35,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from ..settings import outputs, root
 from ..view.browser import PAGES, SCRIPT, browser_html
 from ..view.tables import escape_markdown
+from ..flow.plan import split_cell
 from ..view.theme import ARMS
 
 # %% ../../nbs/companion/90_pages.ipynb #f60d083d
@@ -48,6 +49,7 @@ STAGES = {  # in the order of the data flow; a stage that is not here comes last
     "reward_model": "Reward model",
     "grpo": "GRPO",
     "samples": "Samples",
+    "answers": "Answers",
     "arms": "The arms",
     "judge": "Judged samples",
     "score": "Scores",
@@ -88,6 +90,14 @@ class Page:
         return self.parts[1]
 
     @property
+    def levels(self) -> dict[str, str]:  # those that the run has, by the plural of their names
+        "Model, data set, arm and seed."
+        cell, arm, seed = (*self.parts[2:], "all", "all", "all")[:3]
+        model, dataset = split_cell(cell)
+        found = {"models": model, "data sets": dataset.replace("_", " "), "arms": arm, "seeds": seed.removeprefix("seed")}
+        return {name: level for name, level in found.items() if level != "all"}
+
+    @property
     def notebook(self) -> Path:
         return self.folder / ("failed.ipynb" if self.failed else "run.ipynb")
 
@@ -101,7 +111,7 @@ class Page:
 
     @property
     def title(self) -> str:
-        below = [re.sub(r"^seed(?=\d)", "seed ", p) for p in self.parts[2:] if p != "all"]
+        below = [f"seed {level}" if name == "seeds" else level for name, level in self.levels.items()]
         head = f"{stage_title(self.stage)}: {self.study}" if self.stage == "report" else stage_title(self.stage)
         return " · ".join([head, *below]) + (" (failed)" if self.failed else "")
 
@@ -495,6 +505,12 @@ def counted(cards: Iterable[dict]) -> str:
     return escape_markdown(", ".join(texts).replace("_", " ")) if texts else "–"
 
 
+def levels_of(pages: Sequence[Page]) -> str:  # Markdown
+    "Models, data sets, arms and seeds of several runs."
+    found = {name: [p.levels[name] for p in pages if name in p.levels] for name in ("models", "data sets", "arms", "seeds")}
+    return "; ".join(f"{name} {listed(levels)}" for name, levels in found.items() if levels) or "–"
+
+
 def what_was_run(
     profile: str,
     pages: Sequence[Page],
@@ -503,12 +519,11 @@ def what_was_run(
     lines, done = [], [p for p in pages if not p.failed]
     for study in dict.fromkeys(p.study for p in pages):
         own = [p for p in done if p.study == study]
-        part = {i: listed(p.parts[i].removeprefix("seed") for p in own if len(p.parts) > i) for i in (2, 3, 4)}
         sizes = {"prompts": ("used", "prompts"), "base_model": ("parameters", "parameters per model")}  # stage -> its count, and what to call it
         size = [{"counts": {sizes[p.stage][1]: (p.card.get("counts") or {}).get(sizes[p.stage][0])}} for p in own if p.stage in sizes]
         failed = sum(p.failed for p in pages if p.study == study)
         lines.append(
-            f"**{escape_markdown(study)}**, profile **{escape_markdown(profile)}**: models {part[2]}; arms {part[3]}; seeds {part[4]}; "
+            f"**{escape_markdown(study)}**, profile **{escape_markdown(profile)}**: {levels_of(own)}; "
             f"{len(own)} runs complete, {failed} failed; sizes: {counted(size)}."
         )
     revisions = dict.fromkeys(str(p.card.get("revision"))[:10] + (" with uncommitted changes" if p.card.get("dirty") else "") for p in done if p.card.get("revision"))
@@ -523,11 +538,9 @@ def stage_table(
     rows = ["| stage | runs | of | seconds |", "|---|---|---|---|"]
     for stage in dict.fromkeys(p.stage for p in pages):
         own = [p for p in pages if p.stage == stage]
-        levels = [listed(p.parts[i].removeprefix("seed") for p in own if len(p.parts) > i) for i in (2, 3, 4)]
-        of = "; ".join(f"{name} {text}" for name, text in zip(("models", "arms", "seeds"), levels, strict=True) if text != "–") or "–"
         link = f"[{escape_markdown(stage_title(stage))}]({stage_docname(own)}.{'ipynb' if stage in SINGLE else 'md'})"
         failed = f" ({sum(p.failed for p in own)} failed)" if any(p.failed for p in own) else ""
-        rows.append(f"| {link} | {len(own)}{failed} | {of} | {sum(float(p.card.get('seconds') or 0) for p in own):.0f} |")
+        rows.append(f"| {link} | {len(own)}{failed} | {levels_of(own)} | {sum(float(p.card.get('seconds') or 0) for p in own):.0f} |")
     return "\n".join(rows)
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 from ..types import Shown
 
 # %% auto #0
-__all__ = ['Question', 'check_shares', 'check_questions', 'blind_ceiling']
+__all__ = ['Question', 'check_shares', 'check_questions']
 
 # %% ../../nbs/data/24_questions.ipynb #c2990c96
 @dataclass(frozen=True)
@@ -61,6 +61,15 @@ class Question(Shown):
         return f"{self.gold}. {self.options[self.letters.index(self.gold)]}"
 
     @property
+    def gold_text(self) -> str:
+        "What is right, whatever its letter: rows may list their options in another order."
+        return self.option_text(self.gold)
+
+    def option_text(self, letter: str | None) -> str | None:
+        "Text of an option, in one case; None for a letter that is not on offer."
+        return self.options[self.letters.index(letter)].strip().casefold() if letter and letter in self.letters else None
+
+    @property
     def cluster(self) -> str:
         "What rows share that ask the same thing of different perspectives; case and outer blanks ignored."
         parts = (self.scenario,) if self.kind == "value" else (self.scenario, *sorted(self.options))  # sorted: options in another order ask the same
@@ -88,12 +97,3 @@ def check_questions(questions: Sequence[Question]) -> None:
         raise ValueError("no questions")
     if twice := [i for i, n in Counter(q.id for q in questions).items() if n > 1]:
         raise ValueError(f"{len(twice)} ids stand for several questions: {', '.join(twice[:3])}")
-
-# %% ../../nbs/data/24_questions.ipynb #1767f6ef
-def blind_ceiling(questions: Sequence[Question]) -> float:  # accuracy, 0 to 1
-    "Best accuracy of an answer that depends on the cluster alone: the option that is most often gold in each."
-    check_questions(questions)
-    golds: dict[str, Counter] = defaultdict(Counter)
-    for q in questions:
-        golds[q.cluster][q.options[q.letters.index(q.gold)].strip().casefold()] += 1  # the text: two rows may list their options in another order
-    return sum(max(found.values()) for found in golds.values()) / len(questions)

@@ -53,6 +53,11 @@ class Benchmark:
         return [q.gold for q in self.questions]
 
     @property
+    def right(self) -> list[str]:
+        "Texts of the gold options: what rows of one scenario are compared by."
+        return [q.gold_text for q in self.questions]
+
+    @property
     def clusters(self) -> list[str]:
         return [q.cluster for q in self.questions]
 
@@ -69,6 +74,10 @@ class Benchmark:
     def others(self) -> list[str]:
         "Letters on offer that are right nowhere."
         return sorted({x for o in self.options for x in o} - set(self.labels))
+
+    def texts(self, m: Method) -> list[str | None]:
+        "Answers as the texts of their options; None where there is no such option."
+        return [q.option_text(p) for q, p in zip(self.questions, m.predicted, strict=True)]
 
     def find(self, model: str, arm: str, seed: int) -> Method | None:
         "The method of these levels; None where it did not run."
@@ -146,7 +155,7 @@ def gains(b: Benchmark) -> pd.DataFrame:
     "Steerability gain and flip accuracy of every method that ran."
     rows = []
     for m in (m for m in b.methods if m.model):
-        twin, flips = b.find(m.model, f"{m.arm}-blind", m.seed), flip_accuracy(b.gold, m.predicted, b.clusters)
+        twin, flips = b.find(m.model, f"{m.arm}-blind", m.seed), flip_accuracy(b.right, b.texts(m), b.clusters)
         gain = steerability_gain(b.gold, m.predicted, twin.predicted, b.clusters) if twin else None
         rows.append({
             "model": m.model, "arm": m.arm, "seed": m.seed, "gain": gain and gain.estimate, "gain low": gain and gain.low, "gain high": gain and gain.high,
@@ -162,7 +171,7 @@ def read_three_ways(b: Benchmark) -> pd.DataFrame:
 
 def ceilings(benchmarks: list[Benchmark]) -> pd.DataFrame:
     "What the scenario alone allows."
-    found = [(b, blind_ceiling(b.gold, b.clusters)) for b in benchmarks]
+    found = [(b, blind_ceiling(b.right, b.clusters)) for b in benchmarks]
     return pd.DataFrame([{"benchmark": b.name, "blind ceiling": c.estimate, "low": c.low, "high": c.high, "rows": c.n, "scenarios": c.clusters} for b, c in found])
 
 # %% ../../nbs/steerable/90_report.ipynb #7f104dbd
