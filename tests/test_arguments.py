@@ -89,9 +89,9 @@ def test_every_setting_of_training_has_its_source_on_the_page():
         for key in dataclasses.asdict(load("paper")[f"geometry.{kind}"]):
             if key not in ("min_learning_rate", "cycle", "masking"):  # the second paper's
                 assert said.get(f"geometry.{kind}.{key}"), f"settings.ini says nothing of geometry.{kind}.{key}"
-    assert {"setting", "value", "source", "argument", "passed", "TRL's default"} == rows[0].keys()
-    assert next(r for r in rows if r["setting"] == "geometry.grpo.kl_coef")["source"].startswith("G appendix C")
-    silent = {row["setting"] for row in rows if row["source"] == RECORDS}
+    assert {"setting", "printed or ours", "here", "source of what is printed", "argument", "passed here", "TRL's default"} == rows[0].keys()
+    assert next(r for r in rows if r["setting"] == "geometry.grpo.kl_coef")["source of what is printed"].startswith("G appendix C")
+    silent = {row["setting"] for row in rows if row["source of what is printed"] == RECORDS}
     assert silent <= {f"geometry.{name}" for name in ("sft.min_learning_rate", "grpo.min_learning_rate")}, "every other one has its source in settings.ini"
 
 
@@ -125,3 +125,10 @@ def test_a_preset_lies_between_the_file_and_the_profile():
     assert load("paper", "steerable.preset=authors_code steerable.sft.batch_size=64")["steerable.sft"].batch_size == 64
     with pytest.raises(ValueError, match="did you mean 'printed'"):
         load("paper", "steerable.preset=print")
+
+
+def test_what_is_printed_stands_beside_what_was_passed_here():
+    rows = {row["setting"]: row for row in side_by_side(load("tiny", "geometry.grpo.kl_coef=0.05 machine.processes=2"))}
+    kl, micro = rows["geometry.grpo.kl_coef"], rows["geometry.sft.micro_batch"]
+    assert (kl["printed or ours"], kl["here"], kl["passed here"]) == (0.1, 0.05, 0.05)
+    assert (micro["here"], micro["passed here"]) == (8, 4), "two processes share a batch"

@@ -288,3 +288,10 @@ def test_a_text_of_two_sentences_has_no_thirds():
 def test_every_order_but_the_right_one_comes_up(pairs):
     seen = {tuple(sources["annealing"].phases.index(p) for p in derive("shuffled", sources).phases) for sources in pairs}
     assert len(seen) == 5 and (0, 1, 2) not in seen
+
+
+def test_the_styles_that_an_arm_may_name_are_those_that_are_written():
+    from valuecot.teacher.styles import STYLES
+    from valuecot.types import TRACE_STYLES
+
+    assert set(TRACE_STYLES) == STYLES.keys()

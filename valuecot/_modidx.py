@@ -769,6 +769,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'valuecot.geometry.arms.outcomes': ('geometry/arms.html#outcomes', 'valuecot/geometry/arms.py'),
                                         'valuecot.geometry.arms.over_seeds': ('geometry/arms.html#over_seeds', 'valuecot/geometry/arms.py'),
                                         'valuecot.geometry.arms.registry': ('geometry/arms.html#registry', 'valuecot/geometry/arms.py'),
+                                        'valuecot.geometry.arms.repeats': ('geometry/arms.html#repeats', 'valuecot/geometry/arms.py'),
                                         'valuecot.geometry.arms.run_arms': ('geometry/arms.html#run_arms', 'valuecot/geometry/arms.py'),
                                         'valuecot.geometry.arms.sentences': ('geometry/arms.html#sentences', 'valuecot/geometry/arms.py'),
                                         'valuecot.geometry.arms.shown': ('geometry/arms.html#shown', 'valuecot/geometry/arms.py')},

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # %% auto #0
-__all__ = ['short', 'Shown', 'Prompt', 'Trace', 'Arm', 'Checkpoint', 'Rollout', 'Answer', 'Spectrum', 'Landscape', 'Run']
+__all__ = ['TRACE_STYLES', 'short', 'Shown', 'Prompt', 'Trace', 'Arm', 'Checkpoint', 'Rollout', 'Answer', 'Spectrum', 'Landscape',
+           'Run']
 
 # %% ../nbs/00_types.ipynb #c287d8b3
 def short(value: object, width: int = 120) -> str:  # anything a record holds -> one line
@@ -68,6 +69,9 @@ class Trace(Shown):
     response: str
 
 # %% ../nbs/00_types.ipynb #64d9a672-3
+TRACE_STYLES = "standard", "annealing", "reversed", "shuffled", "neutral", "headers", "matched", "final", "answer", "human", "synthetic", "practice"
+
+
 @dataclass(frozen=True)
 class Arm(Shown):
     "One experimental condition of the geometry study."
@@ -88,6 +92,9 @@ class Arm(Shown):
     datasets: tuple[str, ...] = ()  # that it exists for; () for all
 
     def __post_init__(self):
+        for name in ("sft", "target"):
+            if (style := getattr(self, name)) not in TRACE_STYLES and (style or name == "target"):
+                raise ValueError(f"arm {self.name}: {name} = {style!r} is no style of traces; known are {', '.join(TRACE_STYLES)}")
         if self.grpo and (wrong := set(self.grpo.split("+")) - {"sft", "grpo"}):
             raise ValueError(f"arm {self.name}: grpo = {self.grpo!r} names {', '.join(sorted(wrong)) or 'nothing'}; an arm trains on sft, grpo or sft+grpo, never on held-out prompts")
         if self.part == "reasoning" and not self.thinking:

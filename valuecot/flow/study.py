@@ -10,6 +10,7 @@ import configparser
 import os
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 
 from .fingerprints import stale_exports
@@ -85,7 +86,7 @@ def run(chosen: list[Plan], jobs: int, dry: bool = False, target: str = "all") -
     if stale := stale_exports():
         print(f"the package is out of step with {', '.join(stale)}: run `make export`")
         return 1
-    profile = chosen[0].profile
+    profile, began = chosen[0].profile, time.time()
     with locked(outputs() / profile / ".study.lock", wait=False) as free:
         if not free:
             print(f"another `make study` works in outputs/{profile}: wait for it, or stop it")
@@ -94,17 +95,17 @@ def run(chosen: list[Plan], jobs: int, dry: bool = False, target: str = "all") -
         waiting = any(why(p, j) for p in chosen for j in p.jobs())
         with server(env) if waiting and not dry else nullcontext({}) as warm:
             status = subprocess.run(command(chosen, jobs, dry, target), env=env | warm, cwd=root(), preexec_fn=die_with_parent).returncode
-    return status if dry else report(chosen, status, target)
+    return status if dry else report(chosen, status, target, began)
 
 # %% ../../nbs/flow/15_study.ipynb #0e26da30
-def report(chosen: list[Plan], status: int, target: str = "all") -> int:  # exit status
-    "Say where the companion is, or what is missing."
+def report(chosen: list[Plan], status: int, target: str = "all", since: float = 0.0) -> int:  # exit status
+    "Say where the companion is, or what is missing; `since`: when the study began, in seconds of the clock."
     wanted = [(p, j) for p in chosen for j in p.jobs() if target in ("all", j.stage)]
     missing = [(p, j) for p, j in wanted if why(p, j)]
-    failed = [p.run_file(j).parent / "failed.ipynb" for p, j in missing]
+    failed = [p.run_file(j).parent / "failed.ipynb" for p in chosen for j in p.jobs()]
     for path in failed:
-        if path.exists():
-            print(f"failed: {path}")
+        if path.exists() and path.stat().st_mtime >= since:  # an older one is an earlier study's
+            print(f"failed: {os.path.relpath(path)}")
     if missing:
         print(f"{len(missing)} runs are not complete; what is complete is kept, and `make study` goes on from there")
     if target != "all":

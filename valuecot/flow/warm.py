@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from .fingerprints import code_of, fingerprint, notebooks, reached
 from .plan import declaration
@@ -188,12 +189,17 @@ def ask(path: str, argv: list[str], patience: float = 30.0) -> int | None:  # ex
             connection.connect(path)
             break
         except OSError:
+            if Path(path).exists():  # nobody listens at what was there: the server is gone, or just about to listen
+                deadline = min(deadline, time.monotonic() + 1.0)
             if time.monotonic() > deadline:
                 return None
             time.sleep(0.1)
     socket.send_fds(connection, [json.dumps({"argv": argv}).encode()], [1, 2])
     answer = connection.recv(1)
-    return answer[0] if answer else 1
+    if not answer:  # the job may be running on; the lock of its folder tells
+        print(f"the process that starts stages warm is gone: {' '.join(argv[1:2])} starts on its own", file=sys.stderr)
+    return answer[0] if answer else None
+
 
 # %% ../../nbs/flow/13_warm.ipynb #19bb8882
 if __name__ == "__main__":

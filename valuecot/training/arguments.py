@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trl import GRPOConfig, RewardConfig, SFTConfig
 
-from ..settings import GRPO, SFT, Machine, RewardModel, notes
+from ..settings import GRPO, SFT, Machine, RewardModel, load, notes
 
 # %% auto #0
 __all__ = ['LOOP', 'CARRIED', 'EVERYWHERE', 'OURS', 'LEFT', 'QUIET', 'BATCH', 'REACHED', 'RECORDS', 'accumulation', 'shared',
@@ -183,21 +183,26 @@ RECORDS = "ours: the record's default"
 def configs(settings, study: str) -> dict[str, object]:
     "TRL's configuration of each training of a study."
     records, nowhere = {kind: settings[f"{study}.{kind}"] for kind in CARRIED if f"{study}.{kind}" in settings.sections}, Path("nowhere")
-    made = {"sft": lambda r: sft_config(r, 0, nowhere), "grpo": lambda r: grpo_config(r, {}, 0, nowhere), "reward_model": lambda r: reward_config(r, 0, nowhere)}
+    machine = settings["machine"]
+    made = {"sft": lambda r: sft_config(r, 0, nowhere, machine=machine), "grpo": lambda r: grpo_config(r, {}, 0, nowhere, machine=machine), "reward_model": lambda r: reward_config(r, 0, nowhere)}
     return {kind: made[kind](record) for kind, record in records.items()}
 
 
-def compared(config, argument: str, setting: str, value: object, source: str) -> dict[str, object]:
+def compared(config, argument: str, setting: str, printed: object, here: object, source: str) -> dict[str, object]:
     "What is passed as one argument, and what TRL would take without it."
-    return {"setting": setting, "value": value, "source": source, "argument": f"{type(config).__name__}.{argument}", "passed": getattr(config, argument), "TRL's default": defaults(type(config))[argument]}
+    return {
+        "setting": setting, "printed or ours": printed, "here": here, "source of what is printed": source,
+        "argument": f"{type(config).__name__}.{argument}", "passed here": getattr(config, argument), "TRL's default": defaults(type(config))[argument],
+    }  # fmt: skip
 
 
 def side_by_side(settings, study: str = "geometry") -> list[dict[str, object]]:
-    "Rows: setting, its value, where it comes from, TRL's argument, its value, TRL's default."
-    said, rows = notes(), []
+    "Rows: setting, what the file says before profile and `SET`, its value here, where the first comes from, TRL's argument, its value here, TRL's default."
+    said, rows, printed = notes(), [], load("paper")
     for kind, config in configs(settings, study).items():
         for key, argument in (CARRIED[kind] | REACHED[kind]).items():
             name = f"{study}.{kind}.{key}"
-            rows.append(compared(config, argument, name, getattr(settings[f"{study}.{kind}"], key), said.get(name, RECORDS)))
-        rows += [compared(config, argument, "", "", f"open: {why}") for argument, (_, why) in (EVERYWHERE | OURS[kind]).items()]
+            rows.append(compared(config, argument, name, getattr(printed[f"{study}.{kind}"], key), getattr(settings[f"{study}.{kind}"], key), said.get(name, RECORDS)))
+        rows += [compared(config, argument, "", "", "", f"open: {why}") for argument, (_, why) in (EVERYWHERE | OURS[kind]).items()]
     return rows
+

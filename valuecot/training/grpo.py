@@ -152,11 +152,12 @@ def fitting(config, tokenizer, prompts: list[dict], settings: GRPO, thinking: bo
     left = config.max_position_embeddings - settings.max_completion_length
     limit = settings.max_prompt_length or left
     if left < limit or left < 1:
-        raise ValueError(f"max_prompt_length={settings.max_prompt_length} and max_completion_length={settings.max_completion_length} do not fit the model's window of {config.max_position_embeddings} tokens")
+        raise ValueError(f"max_prompt_length={settings.max_prompt_length} and max_completion_length={settings.max_completion_length} do not fit the model's window of {config.max_position_embeddings} tokens: lower one of them")
     sizes = [len(tokenizer(render(tokenizer, row["prompt"], thinking), add_special_tokens=False)["input_ids"]) for row in prompts]
     short = [row for row, size in zip(prompts, sizes, strict=True) if size <= limit]
     if len(short) < len(prompts) and settings.long_prompts == "error":
-        raise ValueError(f"{len(prompts) - len(short)} of {len(prompts)} prompts are longer than {limit} tokens (the longest has {max(sizes)}): raise grpo.max_prompt_length, or leave them out by grpo.long_prompts=drop")
+        way = f"raise grpo.max_prompt_length to {max(sizes)}" if max(sizes) <= left else f"the model's window of {config.max_position_embeddings} leaves {left}: lower grpo.max_completion_length to {config.max_position_embeddings - max(sizes)}"
+        raise ValueError(f"{len(prompts) - len(short)} of {len(prompts)} prompts are longer than {limit} tokens (the longest has {max(sizes)}): {way}, or leave them out by grpo.long_prompts=drop")
     return short
 
 
