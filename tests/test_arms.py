@@ -1,6 +1,7 @@
 """Every arm of the registry trains on the test profile; on tiny, the papers' three are told with their errors over seeds."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from valuecot.store import read_json
 from valuecot.types import Run
 
 ROOT = Path(__file__).parents[1]
-ARMS = {name.split(".", 1)[1]: arm for name, arm in load("test").sections.items() if name.startswith("arm.")}
+ARMS = {name.split(".", 1)[1]: arm for name, arm in load("test").sections.items() if name.startswith("arm.") and arm.study == "geometry"}
 TRAINED: dict[str, Path] = {}  # arm under whose name SFT ran -> its run
 
 
@@ -56,6 +57,23 @@ def test_every_arm_trains(name, outputs, place, monkeypatch):
         assert {"reward", "kl", "entropy", "completion_length", "truncated", "gradient_norm", "not_scored"} <= metrics and ("format_rate" in metrics) == arm.thinking
     if not arm.sft and not arm.grpo:
         assert plan.inputs(find_job(plan, "samples", "llama", name, 0))[-1].stage == "base_model", "an untouched model is sampled as it is"
+
+
+@pytest.mark.parametrize("name", ["rlvr-blind", "rlvr-format", "human-cot-weighted", "sft-10"])
+def test_steerable_arms_that_no_other_test_trains(name, outputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("VALUECOT_OUTPUTS", str(outputs))
+    overrides = f"arm.{name}.start="
+    arm = load("test", overrides)[f"arm.{name}"]
+    monkeypatch.setattr("valuecot.flow.run.check_complete", lambda *named: None)  # the overrides make what is there look stale
+    run = begin((sft if arm.sft else grpo).stage, "test", model="llama", arm=name, seed=0, out=str(tmp_path), overrides=overrides, study="steerable", dataset="value_kaleidoscope")
+    checkpoint = (sft.run_sft if arm.sft else grpo.run_grpo)(run)
+    counts = read_json(run.out / "record.json")["counts"]
+    if arm.sft:
+        assert counts["rows"] == round(64 * arm.fraction) and checkpoint.steps == -(-counts["rows"] // 16)
+    else:
+        assert counts["prompts"] == 64 and checkpoint.steps == 4
+        values = [json.loads(line) for line in (run.out / "history.jsonl").read_text().splitlines()]
+        assert {"reward", "kl"} <= {row["metric"] for row in values} and not any(row["metric"] == "format_rate" for row in values)
 
 
 @pytest.mark.prove

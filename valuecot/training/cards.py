@@ -73,8 +73,7 @@ def last_values(history: Path) -> dict[str, tuple[int, float]]:  # metric -> upd
 # %% ../../nbs/training/60_cards.ipynb #bddcbe81
 def sampled(plan: Plan, job: Job) -> dict:  # {}: it was not
     "Record of the completions that a checkpoint wrote on held-out prompts."
-    arms = [name.removeprefix("arm.") for name in plan.settings.sections if name.startswith("arm.")]
-    for arm in arms:
+    for arm in plan.registry:
         of = find_job(plan, "samples", job.model, arm, job.seed)
         if job in plan.inputs(of) and plan.run_file(of).exists():
             check_complete(of.path.split("/", 1)[1], plan.run_file(of).parent, plan)
