@@ -8,10 +8,13 @@ __all__ = ['score', 'score_intervals', 'binary', 'binary_modular_pluralism', 'co
            'minimum_detectable_effect', 'Paired', 'Interval', 'constant', 'majority', 'modal', 'Baseline',
            'blind_ceiling', 'steerability_gain', 'flip_accuracy', 'Flips', 'swapped', 'Swap', 'soft_score', 'SoftScore',
            'by_margin', 'Stratum', 'distances', 'Distances', 'brier', 'jensen_shannon', 'total_variation', 'leaders',
-           'margin', 'sample_shares', 'neither_enrichment', 'Enrichment', 'hedges', 'HEDGES']
+           'margin', 'sample_shares', 'neither_enrichment', 'Enrichment', 'hedges', 'HEDGES', 'crossings', 'Crossings',
+           'quoted_gains', 'Gain', 'claims', 'Claim', 'flagged_parts', 'Parts']
 
 # %% ../../nbs/judge/19_face.ipynb #dc8941d8
 from .controls import Baseline, Flips, Swap, blind_ceiling, constant, flip_accuracy, majority, modal, steerability_gain, swapped  # noqa: F401
+from .crossings import Crossings, crossings  # noqa: F401
+from .quoted import Claim, Gain, Parts, claims, flagged_parts, quoted_gains  # noqa: F401
 from .readings import READINGS, Reading, default_first, readings  # noqa: F401
 from .scores import LABELS, Confusion, Score, binary, binary_modular_pluralism, correct, score, score_intervals  # noqa: F401
 from .soft import Distances, SoftScore, Stratum, brier, by_margin, distances, jensen_shannon, leaders, margin, sample_shares, soft_score, total_variation  # noqa: F401
@@ -24,5 +27,5 @@ _all_ = [
     "mcnemar", "paired_interval", "holm", "design_effect", "minimum_detectable_effect", "Paired", "Interval",
     "constant", "majority", "modal", "Baseline", "blind_ceiling", "steerability_gain", "flip_accuracy", "Flips", "swapped", "Swap",
     "soft_score", "SoftScore", "by_margin", "Stratum", "distances", "Distances", "brier", "jensen_shannon", "total_variation", "leaders", "margin", "sample_shares",
-    "neither_enrichment", "Enrichment", "hedges", "HEDGES",
+    "neither_enrichment", "Enrichment", "hedges", "HEDGES", "crossings", "Crossings", "quoted_gains", "Gain", "claims", "Claim", "flagged_parts", "Parts",
 ]  # fmt: skip
