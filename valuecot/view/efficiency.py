@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CURVES', 'LINES', 'VALIDATION', 'REWARD', 'SHOWN', 'FEW', 'MARKED', 'checked', 'crossing_table', 'published_curves',
-           'published_lines', 'said', 'notes', 'marks', 'efficiency_canvas', 'panel_traces', 'efficiency']
+           'published_lines', 'said', 'notes', 'under', 'marks', 'efficiency_canvas', 'panel_traces', 'efficiency']
 
 # %% ../../nbs/view/68_efficiency.ipynb #1b6174a5
 import math
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
 
 from ..judge.crossings import crossings
 from .theme import FAINT, WIDTH, Figure, arm_color, arm_label, layout
@@ -100,17 +101,22 @@ def notes(table: pd.DataFrame, panel: str, line: Mapping[str, object]) -> str:
     "A line's name, value and crossings; the curve is named where there are several."
     own = table[(table["panel"] == panel) & (table["line of"] == line["arm"])] if len(table) else table
     parts = [(f"{arm_label(row['arm'])} " if len(own) > 1 else "") + said(row) for row in own.to_dict("records")]
-    return f"{arm_label(line['arm'])} {100 * line['accuracy']:.1f}" + (": " + "; ".join(parts) if parts else "")
+    return f"{arm_label(line['arm'])} {100 * line['accuracy']:.1f} %" + (": " + "; ".join(parts) if parts else "")
 
 
-def marks(table: pd.DataFrame, curves: pd.DataFrame, panel: str) -> list[tuple[str, str, float, float]]:  # arm of the curve, "first" or "sustained", percent, accuracy
+def under(table: pd.DataFrame, lines: pd.DataFrame, panel: str) -> list[str]:
+    "What stands under a panel."
+    return [notes(table, panel, line) for line in lines[lines["panel"] == panel].to_dict("records")]
+
+
+def marks(table: pd.DataFrame, curves: pd.DataFrame, panel: str) -> list[tuple[str, str, float, float]]:  # arm of the line, "first" or "sustained", percent, accuracy
     "Where the curves of a panel reach a line, and where they stay."
     found = []
     for row in table[table["panel"] == panel].to_dict("records") if len(table) else ():
         own = curves[(curves["panel"] == panel) & (curves["arm"] == row["arm"])].set_index("percent")["accuracy"]
         for kind in ("first", "sustained"):
             if not (x := row[f"{kind} (%)"]) is None and not math.isnan(x):
-                found.append((row["arm"], kind, x, float(own[x])))
+                found.append((row["line of"], kind, x, float(own[x])))
     return found
 
 # %% ../../nbs/view/68_efficiency.ipynb #234ca54b
@@ -120,11 +126,13 @@ FEW = 12  # points up to which each is marked
 def efficiency_canvas(curves: pd.DataFrame, lines: pd.DataFrame, title: str, label: str) -> Canvas:
     "The figure in matplotlib."
     panels, table = checked(curves, lines), crossing_table(curves, lines)
-    canvas = Canvas(figsize=(WIDTH if len(panels) > 1 else WIDTH / 1.6, 2.9), layout="constrained")
+    canvas = Canvas(figsize=(WIDTH if len(panels) > 1 else WIDTH / 1.6, 3.2), layout="constrained")
     grid, names = canvas.add_gridspec(2, len(panels), height_ratios=[1, 0.1]), {}
     for i, panel in enumerate(panels):
         axes = canvas.add_subplot(grid[0, i])
-        axes.set(title=panel, xlabel="training data (%)", ylabel="" if i else label)
+        axes.set(title=panel, ylabel="" if i else label)
+        axes.set_xlabel("\n".join(["training data (%)", *under(table, lines, panel)]), fontsize=7, linespacing=1.4)
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         for arm, own in curves[curves["panel"] == panel].groupby("arm", sort=False):
             style = {"marker": ".", "markersize": 4} if len(own) <= FEW else {}
             own = own.sort_values("percent")
@@ -132,10 +140,9 @@ def efficiency_canvas(curves: pd.DataFrame, lines: pd.DataFrame, title: str, lab
         for line in lines[lines["panel"] == panel].to_dict("records"):
             drawn = axes.axhline(100 * line["accuracy"], color=arm_color(line["arm"]), linestyle="--", linewidth=1)
             names.setdefault(arm_label(line["arm"]), drawn)
-            axes.annotate(notes(table, panel, line), (1, 100 * line["accuracy"]), (0, -2), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="top", fontsize=6.5)
         for arm, kind, x, y in marks(table, curves, panel):
-            size, fill = (3.5, arm_color(arm)) if kind == "first" else (7, "none")
-            axes.plot(x, 100 * y, "o", markersize=size, markerfacecolor=fill, markeredgecolor=arm_color(arm), markeredgewidth=1)
+            size, fill = (4, arm_color(arm)) if kind == "first" else (8, "none")
+            axes.plot(x, 100 * y, "o", markersize=size, markerfacecolor=fill, markeredgecolor=arm_color(arm), markeredgewidth=1.2, zorder=3)
     foot = canvas.add_subplot(grid[1, :])
     foot.axis("off")
     foot.legend(names.values(), names.keys(), loc="center", ncols=5)
@@ -167,8 +174,8 @@ def panel_traces(curves: pd.DataFrame, lines: pd.DataFrame, table: pd.DataFrame,
         traces.append({"type": "scatter", **axes, "mode": "markers", "legendgroup": arm, "showlegend": False, **point})
     return traces
 
-# %% ../../nbs/view/68_efficiency.ipynb #05135bdd
-MARKED = "Full point: the first value at or above a line; ring: no later value is below it"
+# %% ../../nbs/view/68_efficiency.ipynb #fec8ac52
+MARKED = "In the colour of a line: full point, the first value at or above it; ring, no later value is below it"
 
 
 def efficiency(
@@ -181,18 +188,15 @@ def efficiency(
     "Accuracy against percent of the training data, with reference lines and their crossings."
     panels, table = checked(curves, lines), crossing_table(curves, lines)
     width = (1 - 0.09 * (len(panels) - 1)) / len(panels)
-    spec, data, named = layout(title, height=430, annotations=[], margin={"l": 60, "r": 10, "t": 70, "b": 90}), [], set()
-    spec["legend"] = {"orientation": "h", "x": 0.5, "xanchor": "center", "yref": "container", "y": 0.0, "yanchor": "bottom"}
+    spec, data, named = layout(title, height=450, annotations=[], margin={"l": 60, "r": 10, "t": 95, "b": 95}), [], set()
+    spec["legend"] = {"orientation": "h", "x": 0.5, "xanchor": "center", "yref": "container", "y": 0.93, "yanchor": "top"}
     for i, panel in enumerate(panels):
         n, left = str(i + 1) if i else "", i * (width + 0.09)
         axis = {"zeroline": False, "showline": True, "linecolor": FAINT, "gridcolor": FAINT, "ticks": "outside", "nticks": 6}
-        spec[f"xaxis{n}"] = {**axis, "domain": [left, min(left + width, 1)], "anchor": f"y{n}", "title": {"text": "training data (%)", "standoff": 4}}
+        spec[f"xaxis{n}"] = {**axis, "domain": [left, min(left + width, 1)], "anchor": f"y{n}", "title": {"text": "<br>".join(["training data (%)", *(f"<span style='font-size:11px'>{note}</span>" for note in under(table, lines, panel))]), "standoff": 4}}
         spec[f"yaxis{n}"] = {**axis, "domain": [0, 1], "anchor": f"x{n}", "title": {"text": "" if i else label, "standoff": 4}}
         spec["annotations"].append({"text": panel, "xref": "paper", "yref": "paper", "x": left + width / 2, "y": 1, "yanchor": "bottom", "showarrow": False})
         data += panel_traces(curves, lines, table, panel, {"xaxis": f"x{n}", "yaxis": f"y{n}"}, named)
-        for line in lines[lines["panel"] == panel].to_dict("records"):
-            under = {"xref": f"x{n} domain", "x": 1, "xanchor": "right", "yref": f"y{n}", "y": 100 * line["accuracy"], "yanchor": "top", "showarrow": False, "font": {"size": 10}}
-            spec["annotations"].append({"text": notes(table, panel, line), **under})
-    told = " ".join(f"{panel}: " + "; ".join(notes(table, panel, line) for line in lines[lines["panel"] == panel].to_dict("records")) + "." for panel in panels if (lines["panel"] == panel).any())
+    told = " ".join(f"{panel}: {'; '.join(under(table, lines, panel))}." for panel in panels if (lines["panel"] == panel).any())
     below = ". ".join(x for x in (caption.strip().rstrip("."), MARKED if len(table) else "") if x)
     return Figure({"data": data, "layout": spec}, lambda: efficiency_canvas(curves, lines, title, label), f"{title}. {told}".strip(), below + "." if below else "")
