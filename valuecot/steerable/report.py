@@ -14,19 +14,22 @@ import pandas as pd
 from ..data.questions import Question
 from ..flow.plan import DATASETS, Stage, split_cell
 from ..flow.run import finish
-from ..judge import binary, blind_ceiling, constant, correct, flip_accuracy, holm, majority, mcnemar, modal, readings, score, score_intervals, steerability_gain
-from ..store import read_records
+from ..judge import binary, blind_ceiling, claims, constant, correct, flagged_parts, flip_accuracy, holm, majority, mcnemar, modal, quoted_gains, readings, score, score_intervals, steerability_gain
+from ..store import read_json, read_records
 from ..types import Answer, Run
-from ..view.gather import write_table
+from ..view.efficiency import CURVES, LINES, crossing_table, efficiency
+from ..view.gather import history, save_figures, write_table
 from ..view.tables import MISSING, Html, missing, to_html
+from ..view.theme import Figure
 
 # %% auto #0
 __all__ = ['stage', 'SAID', 'PAPER', 'ROWS', 'Method', 'Benchmark', 'read_method', 'rules_of', 'read_benchmark', 'binary_scores',
-           'score_row', 'score_table', 'against_sft', 'gains', 'read_three_ways', 'ceilings', 'percent', 'named',
-           'shown_scores', 'not_run', 'run_report']
+           'score_row', 'score_table', 'against_sft', 'gains', 'read_three_ways', 'ceilings', 'seen', 'rlvr_curve',
+           'sft_curve', 'efficiency_data', 'efficiency_figures', 'quoted_tables', 'sentence', 'in_words', 'percent',
+           'named', 'shown_scores', 'not_run', 'report_efficiency', 'run_report']
 
-# %% ../../nbs/steerable/90_report.ipynb #04f665b6
-stage = Stage("report", reads=("steerable", "steerable.design", "published.value_kaleidoscope", "published.opinionqa", "arm.{registry}"), inputs=("prompts", "answers"), report=True)
+# %% ../../nbs/steerable/90_report.ipynb #85f4340e
+stage = Stage("report", reads=("steerable", "steerable.design", "steerable.grpo", "published.value_kaleidoscope", "published.opinionqa", "published.offensiveness", "arm.{registry}"), inputs=("prompts", "grpo", "answers"), report=True)
 
 # %% ../../nbs/steerable/90_report.ipynb #12b77538
 @dataclass(frozen=True)
@@ -174,6 +177,82 @@ def ceilings(benchmarks: list[Benchmark]) -> pd.DataFrame:
     found = [(b, blind_ceiling(b.right, b.clusters)) for b in benchmarks]
     return pd.DataFrame([{"benchmark": b.name, "blind ceiling": c.estimate, "low": c.low, "high": c.high, "rows": c.n, "scenarios": c.clusters} for b, c in found])
 
+# %% ../../nbs/steerable/90_report.ipynb #18887791
+def seen(
+    step: int,  # update, from 1; its completions were drawn before it
+    counts: dict,  # of the training run
+    group_size: int,
+    iterations: int,  # how often an update's rows are used
+) -> float:  # percent of the training rows, 100 for each epoch
+    "How much of the training data a policy had learnt from when `step` drew its completions."
+    return 100 * (step - 1) * counts["completions_per_step"] / (group_size * iterations * counts["prompts"])
+
+
+def rlvr_curve(run: Run, model: str, dataset: str) -> pd.DataFrame:  # percent, accuracy
+    "Share of right answers in RLVR's own batches; the mean over training seeds."
+    grpo, rows = run.settings["steerable.grpo"], []
+    for name, folder in run.inputs.items():
+        kind, cell, arm, _ = name.split("/")
+        if (kind, arm, *split_cell(cell)) == ("grpo", "rlvr", model, dataset):
+            counts = read_json(folder / "run.json")["counts"]
+            rows += [{"percent": seen(row["step"], counts, grpo.group_size, grpo.iterations), "accuracy": row["value"]} for row in history(folder) if row["metric"] == "answer_lenient"]
+    return pd.DataFrame(rows, columns=["percent", "accuracy"]).groupby("percent", as_index=False).mean()
+
+
+def sft_curve(run: Run, b: Benchmark, model: str) -> pd.DataFrame:  # percent, accuracy
+    "Held-out accuracy of SFT by the share of rows that it was trained on; the mean over training seeds."
+    whole = run.settings["arm.sft"]
+    same = {a.name: 100 * a.fraction for n, a in run.settings.sections.items() if n.startswith("arm.") and a.study == "steerable" and (a.sft, a.view, a.start, a.answer_weight) == (whole.sft, whole.view, whole.start, whole.answer_weight)}
+    rows = [{"percent": same[m.arm], "accuracy": correct(b.gold, m.predicted).mean()} for m in b.methods if m.model == model and m.arm in same]
+    return pd.DataFrame(rows, columns=["percent", "accuracy"]).groupby("percent", as_index=False).mean()
+
+# %% ../../nbs/steerable/90_report.ipynb #bf1e0759
+def efficiency_data(run: Run, benchmarks: list[Benchmark]) -> tuple[pd.DataFrame, pd.DataFrame]:  # curves and lines, with their model
+    "Curves of RLVR and SFT on every benchmark where RLVR ran, and SFT's accuracy with all rows."
+    curves, lines = [pd.DataFrame(columns=["model", *CURVES])], [pd.DataFrame(columns=["model", *LINES])]
+    for model in run.settings["steerable.design"].models:
+        for b in benchmarks:
+            found, sft, panel = rlvr_curve(run, model, b.name), sft_curve(run, b, model), b.name.replace("_", " ")
+            if found.empty:
+                continue
+            curves.append(found.assign(model=model, panel=panel, arm="rlvr"))
+            lines.append(sft[sft["percent"] == 100].drop(columns="percent").assign(model=model, panel=panel, arm="sft"))
+            if len(sft) > 1:  # one point is the line
+                curves.append(sft.assign(model=model, panel=panel, arm="sft"))
+    return tuple(pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)[[*parts[0]]] for parts in (curves, lines))
+
+
+def efficiency_figures(run: Run, curves: pd.DataFrame, lines: pd.DataFrame) -> dict[str, Figure]:
+    "Figure 2 from our own runs, one for each model."
+    grpo, seeds = run.settings["steerable.grpo"], len(run.settings["steerable.design"].seeds)
+    caption = f"Profile {run.profile}, mean of k = {seeds} training seed{'s' if seeds > 1 else ''}. RLVR: right answers in its training batches, not on validation rows, drawn at temperature {grpo.temperature:g} before it learnt from them. SFT: accuracy on test rows; the dashed line with all training rows"
+    return {f"efficiency_{model}": efficiency(own, lines[lines["model"] == model], f"Sample efficiency, {model}", caption, "right answers (%)") for model, own in curves.groupby("model", sort=False)}
+
+# %% ../../nbs/steerable/90_report.ipynb #095522b4
+def quoted_tables(run: Run) -> dict[str, pd.DataFrame]:
+    "Quoted gains, rankings and the parts of Table 4, each beside what the tables give."
+    tables = {name: run.settings[f"published.{name}"] for name in ("value_kaleidoscope", "opinionqa", "offensiveness")}
+    found = {"quoted_gains": quoted_gains(tables), "quoted_rankings": claims(tables), "flagged_parts": flagged_parts(tables["offensiveness"])}
+    return {name: pd.DataFrame(map(vars, rows)) for name, rows in found.items()}
+
+
+def sentence(head: str, items: list[str]) -> str:
+    "A count, and what it leaves out by name."
+    return f"{head}{': ' if items else ''}{'; '.join(items)}."
+
+
+def in_words(tables: dict[str, pd.DataFrame]) -> str:
+    "What agrees, and by name what does not; a ranking counts once for each benchmark, model and score."
+    gains, ranks, parts = tables["quoted_gains"], tables["quoted_rankings"], tables["flagged_parts"]
+    wrong = [f"{r.method} against {r.against} in {r.score} on {r.benchmark} (printed {r.quoted}, tables give {r.recomputed:g})" for r in gains[~gains["agrees"]].itertuples()]
+    broken = [f"{r.claim} ({r.model} on {r.benchmark}, {r.score})" for r in ranks[~ranks["holds"]].itertuples()]
+    overlap = [f"{r.method} on {r.benchmark} has {r.overall:g} % overall and {r.parts:g} % in its categories, since some traces carry two labels" for r in parts[parts["overlap"] > 0].itertuples()]
+    told = [sentence(f"{gains['agrees'].sum()} of {len(gains)} quoted gains agree", wrong)]
+    plain = ranks["score"] == "accuracy"
+    count = [f"{part['holds'].sum()} of {len(part)}" for part in (ranks[plain], ranks[~plain])]
+    told.append(sentence(f"Rankings: {count[0]} hold in accuracy and {count[1]} in the other scores" + ("; not" if broken else ""), broken))
+    return " ".join([*told, sentence("Table 4", overlap)] if overlap else told)
+
 # %% ../../nbs/steerable/90_report.ipynb #7f104dbd
 def percent(value: float | None, low: float | None = None, high: float | None = None) -> str:
     "A share with its interval, in percent."
@@ -209,13 +288,24 @@ def not_run(run: Run, dataset: str) -> list[str]:
     arms = [a for n, a in run.settings.sections.items() if n.startswith("arm.") and a.study == "steerable" and a.name not in design.arms and (not a.datasets or dataset in a.datasets)]
     return [a.label for a in arms] + ["GPT-4.1 Zero-Shot CoT (needs a key)", "Modular Pluralism (needs weights)"]
 
-# %% ../../nbs/steerable/90_report.ipynb #a621e36f
+# %% ../../nbs/steerable/90_report.ipynb #14b608d1
+def report_efficiency(run: Run, benchmarks: list[Benchmark]) -> dict[str, object]:
+    "Points, crossings and figures; nothing where RLVR did not run."
+    curves, lines = efficiency_data(run, benchmarks)
+    if curves.empty:
+        return {}
+    crossed = pd.concat([crossing_table(own, lines[lines["model"] == model]).assign(model=model) for model, own in curves.groupby("model", sort=False)])
+    return {"efficiency_points": write_table(run, "efficiency_points", curves), "crossings": write_table(run, "crossings", crossed)} | efficiency_figures(run, curves, lines)
+
+
 def run_report(run: Run) -> dict[str, object]:
-    "Write every table as CSV."
+    "Write every table as CSV and every figure as PNG."
     benchmarks = [read_benchmark(run, name) for name in DATASETS if name in run.settings["steerable.design"].datasets]
     made: dict[str, object] = {"benchmarks": benchmarks, "ceilings": write_table(run, "ceilings", ceilings(benchmarks))}
     for b in benchmarks:
         for name, table in {"scores": score_table(b, run.settings), "against_sft": against_sft(b), "gains": gains(b), "readings": read_three_ways(b)}.items():
             made[f"{name}_{b.name}"] = write_table(run, f"{name}_{b.name}", table)
+    made |= {name: write_table(run, name, table) for name, table in quoted_tables(run).items()} | report_efficiency(run, benchmarks)
+    save_figures(run, made)
     finish(run, {"benchmarks": [b.name for b in benchmarks], "methods": sum(bool(m.model) for b in benchmarks for m in b.methods)})
     return made

@@ -51,7 +51,7 @@ def crossing_table(
             found = crossings(own["percent"].tolist(), own["accuracy"].tolist(), line["accuracy"])
             rows.append({
                 "panel": panel, "arm": arm, "line of": line["arm"], "line": found.line, "outcome": found.outcome, "from the start": found.from_start,
-                "first (%)": found.first, "sustained (%)": found.sustained, "points": found.n, "points held": found.held, "points before sustained (%)": 100 * found.before_sustained / found.n,
+                "first (%)": found.first, "sustained (%)": found.sustained, "points": found.n, "points held": found.held, "points before sustained (%)": 100 * found.before_sustained / found.n if found.held else None,
             })  # fmt: skip
     return pd.DataFrame(rows)
 
