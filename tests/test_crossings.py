@@ -197,7 +197,9 @@ def of_ours(folder: Path, seeds=(0, 1)) -> Run:
 def test_rlvrs_own_curve_is_against_rows_seen_and_a_mean_of_seeds(tmp_path):
     curve = report.rlvr_curve(of_ours(tmp_path), "llama", "opinionqa")
     assert curve["percent"].tolist() == [0, 25, 50, 75]
-    assert curve["accuracy"].tolist() == pytest.approx([0.21, 0.41, 0.61, 0.81])
+    assert curve["accuracy"].tolist() == pytest.approx([0.21, 0.41, 0.61, 0.81]) and curve["se"].tolist() == pytest.approx([0.01] * 4)
+    one = report.rlvr_curve(of_ours(tmp_path / "one", seeds=(0,)), "llama", "opinionqa")
+    assert one["se"].isna().all() and one["accuracy"].tolist() == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert report.rlvr_curve(of_ours(tmp_path / "other"), "qwen", "opinionqa").empty
 
 
@@ -215,7 +217,11 @@ def test_sft_at_matched_rows_stands_beside_rlvr(tmp_path):
     assert curves[curves["arm"] == "sft"][["percent", "accuracy"]].to_numpy().tolist() == [[10, pytest.approx(0.5, abs=0.01)], [100, 1]]
     assert lines[["panel", "arm", "accuracy"]].to_numpy().tolist() == [["opinionqa", "sft", 1]]
     figure = report.efficiency_figures(run, curves, lines)["efficiency_llama"]
-    assert "training batches, not on validation rows" in figure.caption and "k = 2 training seeds" in figure.caption and "not reached" in figure.alt
+    assert "training batches, not on validation rows" in figure.caption and "mean ± SE of k = 2 training seeds" in figure.caption and "not reached" in figure.alt
+    (area,) = [t for t in figure.plotly["data"] if t.get("fill") == "toself"]  # RLVR has two seeds here, SFT one
+    assert area["y"] == pytest.approx([22, 42, 62, 82, 80, 60, 40, 20]) and area["x"][:4] == area["x"][:3:-1]
+    go.Figure(figure.plotly)
+    assert len(figure.png(40)) > 1000 and "full point" not in figure.caption
 
 
 def test_no_rlvr_no_figure(tmp_path):

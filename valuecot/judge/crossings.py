@@ -9,6 +9,7 @@ __all__ = ['Crossings', 'ordered', 'crossings']
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from ..stats import same_length
@@ -46,7 +47,7 @@ def ordered(
     points = sorted((float(s), float(v)) for s, v in zip(steps, values, strict=True))
     if wrong := [p for p in points if not all(map(math.isfinite, p))]:
         raise ValueError(f"the curve has a point (step, value) = {wrong[0]}: leave out what was not measured")
-    if twice := [a for (a, _), (b, _) in zip(points, points[1:]) if a == b]:
+    if twice := [a for (a, _), (b, _) in pairwise(points) if a == b]:
         raise ValueError(f"step {twice[0]:g} occurs more than once: average its values first, or keep one run's")
     return points
 

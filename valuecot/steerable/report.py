@@ -24,9 +24,9 @@ from ..view.theme import Figure
 
 # %% auto #0
 __all__ = ['stage', 'SAID', 'PAPER', 'ROWS', 'Method', 'Benchmark', 'read_method', 'rules_of', 'read_benchmark', 'binary_scores',
-           'score_row', 'score_table', 'against_sft', 'gains', 'read_three_ways', 'ceilings', 'seen', 'rlvr_curve',
-           'sft_curve', 'efficiency_data', 'efficiency_figures', 'quoted_tables', 'sentence', 'in_words', 'percent',
-           'named', 'shown_scores', 'not_run', 'report_efficiency', 'run_report']
+           'score_row', 'score_table', 'against_sft', 'gains', 'read_three_ways', 'ceilings', 'seen', 'over_seeds',
+           'rlvr_curve', 'sft_curve', 'efficiency_data', 'efficiency_figures', 'quoted_tables', 'sentence', 'in_words',
+           'percent', 'named', 'shown_scores', 'not_run', 'report_efficiency', 'run_report']
 
 # %% ../../nbs/steerable/90_report.ipynb #85f4340e
 stage = Stage("report", reads=("steerable", "steerable.design", "steerable.grpo", "published.value_kaleidoscope", "published.opinionqa", "published.offensiveness", "arm.{registry}"), inputs=("prompts", "grpo", "answers"), report=True)
@@ -188,28 +188,34 @@ def seen(
     return 100 * (step - 1) * counts["completions_per_step"] / (group_size * iterations * counts["prompts"])
 
 
-def rlvr_curve(run: Run, model: str, dataset: str) -> pd.DataFrame:  # percent, accuracy
-    "Share of right answers in RLVR's own batches; the mean over training seeds."
+def over_seeds(rows: list[dict]) -> pd.DataFrame:  # percent, accuracy, se
+    "Mean over training seeds at each percent, and its standard error, nan for one seed."
+    found = pd.DataFrame(rows, columns=["percent", "accuracy"]).groupby("percent")["accuracy"]
+    return pd.DataFrame({"accuracy": found.mean(), "se": found.sem()}).reset_index()
+
+
+def rlvr_curve(run: Run, model: str, dataset: str) -> pd.DataFrame:  # percent, accuracy, se
+    "Share of right answers in RLVR's own batches."
     grpo, rows = run.settings["steerable.grpo"], []
     for name, folder in run.inputs.items():
         kind, cell, arm, _ = name.split("/")
         if (kind, arm, *split_cell(cell)) == ("grpo", "rlvr", model, dataset):
             counts = read_json(folder / "run.json")["counts"]
             rows += [{"percent": seen(row["step"], counts, grpo.group_size, grpo.iterations), "accuracy": row["value"]} for row in history(folder) if row["metric"] == "answer_lenient"]
-    return pd.DataFrame(rows, columns=["percent", "accuracy"]).groupby("percent", as_index=False).mean()
+    return over_seeds(rows)
 
 
-def sft_curve(run: Run, b: Benchmark, model: str) -> pd.DataFrame:  # percent, accuracy
-    "Held-out accuracy of SFT by the share of rows that it was trained on; the mean over training seeds."
+def sft_curve(run: Run, b: Benchmark, model: str) -> pd.DataFrame:  # percent, accuracy, se
+    "Held-out accuracy of SFT by the share of rows that it was trained on."
     whole = run.settings["arm.sft"]
     same = {a.name: 100 * a.fraction for n, a in run.settings.sections.items() if n.startswith("arm.") and a.study == "steerable" and (a.sft, a.view, a.start, a.answer_weight) == (whole.sft, whole.view, whole.start, whole.answer_weight)}
     rows = [{"percent": same[m.arm], "accuracy": correct(b.gold, m.predicted).mean()} for m in b.methods if m.model == model and m.arm in same]
-    return pd.DataFrame(rows, columns=["percent", "accuracy"]).groupby("percent", as_index=False).mean()
+    return over_seeds(rows)
 
 # %% ../../nbs/steerable/90_report.ipynb #bf1e0759
 def efficiency_data(run: Run, benchmarks: list[Benchmark]) -> tuple[pd.DataFrame, pd.DataFrame]:  # curves and lines, with their model
     "Curves of RLVR and SFT on every benchmark where RLVR ran, and SFT's accuracy with all rows."
-    curves, lines = [pd.DataFrame(columns=["model", *CURVES])], [pd.DataFrame(columns=["model", *LINES])]
+    curves, lines = [pd.DataFrame(columns=["model", *CURVES, "se"])], [pd.DataFrame(columns=["model", *LINES])]
     for model in run.settings["steerable.design"].models:
         for b in benchmarks:
             found, sft, panel = rlvr_curve(run, model, b.name), sft_curve(run, b, model), b.name.replace("_", " ")
@@ -225,7 +231,8 @@ def efficiency_data(run: Run, benchmarks: list[Benchmark]) -> tuple[pd.DataFrame
 def efficiency_figures(run: Run, curves: pd.DataFrame, lines: pd.DataFrame) -> dict[str, Figure]:
     "Figure 2 from our own runs, one for each model."
     grpo, seeds = run.settings["steerable.grpo"], len(run.settings["steerable.design"].seeds)
-    caption = f"Profile {run.profile}, mean of k = {seeds} training seed{'s' if seeds > 1 else ''}. RLVR: right answers in its training batches, not on validation rows, drawn at temperature {grpo.temperature:g} before it learnt from them. SFT: accuracy on test rows; the dashed line with all training rows"
+    shown = f"mean ± SE of k = {seeds} training seeds" if seeds > 1 else "one training seed"
+    caption = f"Profile {run.profile}, {shown}. RLVR: right answers in its training batches, not on validation rows, drawn at temperature {grpo.temperature:g} before it learnt from them. SFT: accuracy on test rows; the dashed line with all training rows"
     return {f"efficiency_{model}": efficiency(own, lines[lines["model"] == model], f"Sample efficiency, {model}", caption, "right answers (%)") for model, own in curves.groupby("model", sort=False)}
 
 # %% ../../nbs/steerable/90_report.ipynb #095522b4

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CURVES', 'LINES', 'VALIDATION', 'REWARD', 'SHOWN', 'FEW', 'MARKED', 'checked', 'crossing_table', 'published_curves',
-           'published_lines', 'said', 'notes', 'under', 'marks', 'efficiency_canvas', 'panel_traces', 'efficiency']
+           'published_lines', 'said', 'notes', 'under', 'marks', 'band', 'efficiency_canvas', 'panel_traces',
+           'efficiency']
 
-# %% ../../nbs/view/68_efficiency.ipynb #1b6174a5
-import math
+# %% ../../nbs/view/68_efficiency.ipynb #de62ffaa
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,10 +16,11 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
 from ..judge.crossings import crossings
+from .tables import missing
 from .theme import FAINT, WIDTH, Figure, arm_color, arm_label, layout
 
-# %% ../../nbs/view/68_efficiency.ipynb #cd4eacf1
-CURVES = ("panel", "arm", "percent", "accuracy")
+# %% ../../nbs/view/68_efficiency.ipynb #a76c7814
+CURVES = ("panel", "arm", "percent", "accuracy")  # and se, where there is a band
 LINES = ("panel", "arm", "accuracy")
 
 
@@ -29,8 +30,8 @@ def checked(
 ) -> list[str]:  # panels, in the order of their curves
     "Panels of a figure, or an error that says what the tables lack."
     for name, table, columns in (("curves", curves, CURVES), ("lines", lines, LINES)):
-        if missing := [c for c in columns if c not in table]:
-            raise ValueError(f"{name} lack the columns {missing}; they have {list(table)}")
+        if lacking := [c for c in columns if c not in table]:
+            raise ValueError(f"{name} lack the columns {lacking}; they have {list(table)}")
     if curves.empty:
         raise ValueError("curves have no rows: nothing to draw")
     panels = list(dict.fromkeys(curves["panel"]))
@@ -66,8 +67,8 @@ def published_curves(
 ) -> pd.DataFrame:  # columns CURVES, and step
     "Validation accuracy of the authors' RLVR runs, against percent of their training data."
     log, found = pd.read_csv(path), []
-    if missing := [c for c in ("run", "metric", "step", "value") if c not in log]:
-        raise ValueError(f"{Path(path).name} lacks the columns {missing}; it has {list(log)}")
+    if lacking := [c for c in ("run", "metric", "step", "value") if c not in log]:
+        raise ValueError(f"{Path(path).name} lacks the columns {lacking}; it has {list(log)}")
     for benchmark, panel in SHOWN.items():
         own = log[log["run"] == f"{model}_{benchmark}"]
         if own.empty:
@@ -115,12 +116,19 @@ def marks(table: pd.DataFrame, curves: pd.DataFrame, panel: str) -> list[tuple[s
     for row in table[table["panel"] == panel].to_dict("records") if len(table) else ():
         own = curves[(curves["panel"] == panel) & (curves["arm"] == row["arm"])].set_index("percent")["accuracy"]
         for kind in ("first", "sustained"):
-            if not (x := row[f"{kind} (%)"]) is None and not math.isnan(x):
+            x = row[f"{kind} (%)"]
+            if not missing(x):
                 found.append((row["line of"], kind, x, float(own[x])))
     return found
 
 # %% ../../nbs/view/68_efficiency.ipynb #234ca54b
 FEW = 12  # points up to which each is marked
+
+
+def band(own: pd.DataFrame) -> tuple[pd.Series, pd.Series]:  # percent of right answers; nan where there is no error
+    "Accuracy of a curve, one standard error below and above, within what a share can be."
+    se = own["se"].astype(float) if "se" in own else float("nan")
+    return tuple((100 * (own["accuracy"].astype(float) + side * se)).clip(0, 100) for side in (-1, 1))
 
 
 def efficiency_canvas(curves: pd.DataFrame, lines: pd.DataFrame, title: str, label: str) -> Canvas:
@@ -136,6 +144,7 @@ def efficiency_canvas(curves: pd.DataFrame, lines: pd.DataFrame, title: str, lab
         for arm, own in curves[curves["panel"] == panel].groupby("arm", sort=False):
             style = {"marker": ".", "markersize": 4} if len(own) <= FEW else {}
             own = own.sort_values("percent")
+            axes.fill_between(own["percent"].astype(float), *band(own), color=arm_color(arm), alpha=0.18, linewidth=0)
             (names[arm_label(arm)],) = axes.plot(own["percent"], 100 * own["accuracy"], color=arm_color(arm), linewidth=1.2, **style)
         for line in lines[lines["panel"] == panel].to_dict("records"):
             drawn = axes.axhline(100 * line["accuracy"], color=arm_color(line["arm"]), linestyle="--", linewidth=1)
@@ -163,6 +172,11 @@ def panel_traces(curves: pd.DataFrame, lines: pd.DataFrame, table: pd.DataFrame,
     for arm, own in own_curves.groupby("arm", sort=False):
         own, mode = own.sort_values("percent"), "lines+markers" if len(own) <= FEW else "lines"
         x, y = own["percent"].round(3).tolist(), (100 * own["accuracy"]).round(3).tolist()
+        low, high = (side.dropna() for side in band(own))
+        if len(low):
+            at, red = own.loc[low.index, "percent"].round(3).tolist(), ", ".join(str(int(arm_color(arm)[i : i + 2], 16)) for i in (1, 3, 5))
+            edge = {"x": at + at[::-1], "y": high.round(3).tolist() + low.round(3).tolist()[::-1], "fill": "toself", "fillcolor": f"rgba({red}, 0.18)", "line": {"width": 0}}
+            traces.append({"type": "scatter", **axes, **edge, "mode": "lines", "hoverinfo": "skip", "showlegend": False, "legendgroup": arm})
         traces.append({"type": "scatter", **axes, **legend(arm), "mode": mode, "x": x, "y": y, "line": {"color": arm_color(arm), "width": 2}, "marker": {"size": 5}})
     reach = [min(0.0, float(own_curves["percent"].min())), max(100.0, float(own_curves["percent"].max()))]
     for line in own_lines.to_dict("records"):
@@ -198,5 +212,5 @@ def efficiency(
         spec["annotations"].append({"text": panel, "xref": "paper", "yref": "paper", "x": left + width / 2, "y": 1, "yanchor": "bottom", "showarrow": False})
         data += panel_traces(curves, lines, table, panel, {"xaxis": f"x{n}", "yaxis": f"y{n}"}, named)
     told = " ".join(f"{panel}: {'; '.join(under(table, lines, panel))}." for panel in panels if (lines["panel"] == panel).any())
-    below = ". ".join(x for x in (caption.strip().rstrip("."), MARKED if len(table) else "") if x)
+    below = ". ".join(x for x in (caption.strip().rstrip("."), MARKED if any(marks(table, curves, panel) for panel in panels) else "") if x)
     return Figure({"data": data, "layout": spec}, lambda: efficiency_canvas(curves, lines, title, label), f"{title}. {told}".strip(), below + "." if below else "")
