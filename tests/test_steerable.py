@@ -21,7 +21,7 @@ from valuecot.steerable.answers import told
 from valuecot.steerable.report import Benchmark, Method, against_sft, gains, rules_of, score_row
 from valuecot.text import parse_answer
 from valuecot.training.models import load_model
-from valuecot.training.sampling import Drawing, append_rows, draw_all, written_rows
+from valuecot.training.sampling import Drawing, draw_all
 
 ROOT = Path(__file__).parents[1]
 ASK = Question("q", "Lying to a friend", "Honesty", "value", ("Support", "Oppose", "Either"), "B")
@@ -127,11 +127,11 @@ from valuecot.training.models import load_model
 from valuecot.training.sampling import Drawing, draw_all
 import valuecot.training.sampling as sampling
 import time
-whole = sampling.append_rows
-def slowly(file, rows):
-    whole(file, rows)
+whole = sampling.complete
+def slowly(*given):
     time.sleep(0.05)
-sampling.append_rows = slowly
+    return whole(*given)
+sampling.complete = slowly
 model, tokenizer = load_model(sys.argv[1])
 texts = {f"q{i}": "Should I keep the ring?" + " Why?" * (i % 7) for i in range(60)}
 print("begun", flush=True)
@@ -162,12 +162,20 @@ def test_inference_killed_again_and_again_ends_with_every_row_once(kill, tmp_pat
     assert kills == kill and found == through and len({(r["id"], r["sample"]) for r in found}) == 120 == len(found)
 
 
-def test_a_line_that_was_cut_off_costs_its_row_alone(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    append_rows(file, [{"id": "a", "sample": 0}, {"id": "b", "sample": 0}])
-    file.write_text(file.read_text()[:-5])
-    append_rows(file, [{"id": "c", "sample": 0}])
-    assert list(written_rows(file)) == [("a", 0), ("c", 0)]
+def test_a_file_that_was_cut_off_or_is_anothers_costs_its_rows_alone(tmp_path):
+    model, tokenizer = load_model(start(tmp_path / "model"))
+    texts, drawing, file = {f"q{i}": "Should I keep the ring?" * (i + 1) for i in range(5)}, Drawing(1.0, 1.0, 0, 6, 1, 2, 0), tmp_path / "rows.jsonl"
+    whole = draw_all(model, tokenizer, texts, drawing, file)
+    kept = file.read_text()
+    for cut in (5, 40, len(kept) // 2, len(kept) - 3):
+        file.write_text(kept[:cut])
+        assert draw_all(model, tokenizer, texts, drawing, file) == whole and file.read_text() == kept
+    other = draw_all(model, tokenizer, texts, replace(drawing, seed=1), file)
+    assert [row["completion"] for row in other] != [row["completion"] for row in whole], "what was drawn otherwise is not taken up"
+    head = file.read_text().splitlines()[0]
+    for change in ({"key": "another model"}, {"texts": {i: f"{text} Why?" for i, text in texts.items()}}):
+        draw_all(model, tokenizer, change.get("texts", texts), replace(drawing, seed=1), file, change.get("key", ""))
+        assert file.read_text().splitlines()[0] != head
 
 
 def test_a_study_leaves_tables_of_every_method(outputs):

@@ -119,7 +119,7 @@ def load_tensors(path: Path, kind: type) -> object:  # of `kind`
 
 # %% ../nbs/10_store.ipynb #c1be91c0
 class Journal:
-    "Rows of numbers written as they are made; a killed run goes on from them, up to the first damaged line."
+    "Rows written as they are made; a killed run goes on from them, up to the first damaged line."
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class Journal:
         self.file = open(self.path, "a", encoding="utf-8")
         return self
 
-    def add(self, *row: float) -> None:
+    def add(self, *row: object) -> None:  # plain data
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
 

@@ -34,7 +34,7 @@ def run_answers(run: Run) -> list[Answer]:
     model, tokenizer = load_model(run.policy, device)
     texts = {p.id: render(tokenizer, p.text, arm.thinking) for p in read_prompts(run.folder("prompts"), arm.view) if p.id in questions}
     drawing = Drawing(settings.temperature, settings.top_p, settings.top_k, settings.max_completion_length, settings.samples, settings.batch_size, run.seed)
-    rows = draw_all(model, tokenizer, texts, drawing, workplace(run) / "answers.jsonl")
+    rows = draw_all(model, tokenizer, texts, drawing, workplace(run) / "answers.jsonl", run.key)
     write_records(run.out / "completions.jsonl", rows)
     answers = [told(questions[row["id"]], row["completion"]) for row in rows if row["sample"] == 0]
     write_records(run.out / "answers.jsonl", answers)

@@ -5,22 +5,20 @@
 # %% ../../nbs/training/55_sampling.ipynb #4727c07b
 from __future__ import annotations
 
-import json
-import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from ..store import digest
+from ..store import Journal, digest
 from ..text import split_reasoning, well_formed
 from .judge import ScalarReward
 from .models import opens_thinking, render
 from ..types import Prompt, Rollout, Shown
 
 # %% auto #0
-__all__ = ['complete', 'rollouts', 'losses', 'Drawing', 'written_rows', 'append_rows', 'ends_a_line', 'draw_all']
+__all__ = ['complete', 'rollouts', 'losses', 'Drawing', 'draw_all']
 
 # %% ../../nbs/training/55_sampling.ipynb #854161e0
 @torch.inference_mode()
@@ -78,52 +76,28 @@ class Drawing(Shown):
     seed: int
 
 
-def written_rows(file: Path) -> dict[tuple[str, int], dict]:  # (id, sample) -> row
-    "Rows that are whole on disk."
-    found = {}
-    for line in file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # where a kill cut it off, and the next run went on behind it
-            continue
-        found[row["id"], row["sample"]] = row
-    return found
-
-
-def append_rows(file: Path, rows: list[dict]) -> None:
-    "Write rows behind those that are there, and wait until they are on disk."
-    with open(file, "a", encoding="utf-8") as out:
-        out.write("\n" if out.tell() and not ends_a_line(file) else "")
-        out.writelines(json.dumps(row) + "\n" for row in rows)
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def ends_a_line(file: Path) -> bool:
-    "Whether the last byte is a line's end."
-    with open(file, "rb") as there:
-        there.seek(-1, os.SEEK_END)
-        return there.read(1) == b"\n"
-
-
 def draw_all(
     model,
     tokenizer,
     texts: dict[str, str],  # id -> rendered prompt
     drawing: Drawing,
     file: Path,  # completions, added as they come
+    key: str = "",  # of the model, so that a file of another one is not taken up
     progress: bool = False,
 ) -> list[dict]:  # id, sample, completion, tokens, truncated; by prompt, then sample
     "Completions of all prompts, from where an earlier run of the same prompts stopped."
     wanted = sorted(((i, k) for i in texts for k in range(drawing.samples)), key=lambda row: (len(texts[row[0]]), row))
     batches = [wanted[i : i + drawing.batch_size] for i in range(0, len(wanted), drawing.batch_size)]
-    there = written_rows(file)
-    for number, batch in enumerate(tqdm(batches, disable=not progress, desc="completions")):
-        if all(row in there for row in batch):
-            continue
-        seed = int(digest([drawing.seed, number]), 16) % 2**31
-        found = complete(model, tokenizer, [texts[i] for i, _ in batch], drawing.longest, drawing.temperature, drawing.batch_size, seed, drawing.top_p, drawing.top_k)
-        rows = [{"id": i, "sample": k, "completion": text, "tokens": n, "truncated": cut} for (i, k), (text, n, cut) in zip(batch, found, strict=True)]
-        append_rows(file, rows)
-        there |= {(row["id"], row["sample"]): row for row in rows}
-    return [there[i, k] for i in texts for k in range(drawing.samples)]
+    with Journal(file, digest([key, asdict(drawing), texts])) as journal:
+        there = {(i, k): rest for i, k, *rest in journal.rows}
+        for number, batch in enumerate(tqdm(batches, disable=not progress, desc="completions")):
+            if all(row in there for row in batch):
+                continue
+            seed = int(digest([drawing.seed, number]), 16) % 2**31
+            found = complete(model, tokenizer, [texts[i] for i, _ in batch], drawing.longest, drawing.temperature, drawing.batch_size, seed, drawing.top_p, drawing.top_k)
+            for row, rest in zip(batch, found, strict=True):
+                if row not in there:  # some of a batch that a kill cut off are there, and the same
+                    journal.add(*row, *rest)
+                there[row] = rest
+    return [{"id": i, "sample": k, **dict(zip(("completion", "tokens", "truncated"), there[i, k], strict=True))} for i in texts for k in range(drawing.samples)]
+
