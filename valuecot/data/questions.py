@@ -81,7 +81,7 @@ class Question(Shown):
         first, second = sorted(self.shares, reverse=True)[:2] or (math.nan, math.nan)
         return first - second
 
-
+# %% ../../nbs/data/24_questions.ipynb #e39aae3d
 def check_shares(question: Question) -> None:
     "An error unless the shares are none, or one for each option that sum to 1."
     shares, options = question.shares, question.options

@@ -18,8 +18,8 @@ from ..store import digest, hash_folder, read_json, write_text
 from ..types import Arm
 
 # %% auto #0
-__all__ = ['DATASETS', 'Stage', 'declaration', 'stages', 'Job', 'split_cell', 'Plan', 'named_files', 'key_of', 'forget', 'why',
-           'mark', 'put_in_order', 'key_file', 'find_job', 'companion_stale', 'companion_key']
+__all__ = ['DATASETS', 'Stage', 'declaration', 'stages', 'Job', 'split_cell', 'Study', 'Plan', 'named_files', 'key_of', 'forget',
+           'why', 'mark', 'put_in_order', 'key_file', 'find_job', 'companion_stale', 'companion_key']
 
 # %% ../../nbs/flow/12_plan.ipynb #0ec2cc04
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def split_cell(cell: str) -> tuple[str, str]:  # model, dataset
 
 # %% ../../nbs/flow/12_plan.ipynb #0ec2cc04-2
 @dataclass(frozen=True)
-class Plan:
-    "All jobs of one study under one profile."
+class Study:
+    "A study under one profile: its stages, its design, and what each arm has of them."
 
     profile: str
     study: str
@@ -143,6 +143,11 @@ class Plan:
         if not stage.same or arm == "all":
             return arm
         return next(name for name, other in self.registry.items() if all(getattr(other, f) == getattr(self.registry[arm], f) for f in stage.same))
+
+# %% ../../nbs/flow/12_plan.ipynb #de6dfd15
+@dataclass(frozen=True)
+class Plan(Study):
+    "All jobs of a study, what each needs, and when it is stale."
 
     def expand(self, stage: Stage, fixed: dict[str, str]) -> list[Job]:
         "Jobs of `stage`, with levels in `fixed` held."

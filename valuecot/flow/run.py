@@ -27,8 +27,8 @@ from ..store import digest, hash_file, hash_folder, read_json, write_json
 from ..types import Run
 
 # %% auto #0
-__all__ = ['WORKPLACE', 'begin', 'check_complete', 'finish', 'revision', 'environment', 'locked', 'die_with_parent', 'execute',
-           'clear', 'run_stage', 'provenance', 'main']
+__all__ = ['WORKPLACE', 'begin', 'check_complete', 'earlier', 'finish', 'revision', 'environment', 'locked', 'die_with_parent',
+           'execute', 'clear', 'run_stage', 'provenance', 'main']
 
 # %% ../../nbs/flow/14_run.ipynb #cbfaefb8
 def begin(
@@ -68,6 +68,12 @@ def check_complete(name: str, folder: Path, plan: Plan) -> None:
             raise ValueError(f"{name}/{path} is not as its run left it: delete {name}/run.json and run `make study` again")
 
 # %% ../../nbs/flow/14_run.ipynb #51d196b5
+def earlier(run: Run, stage: str) -> list[tuple[Job, Path]]:
+    "The runs of `stage` that this one builds on, with their folders."
+    found = [(Job.read(f"{run.study}/{name}"), folder) for name, folder in run.inputs.items()]
+    return [(job, folder) for job, folder in found if job.stage == stage]
+
+
 def finish(run: Run, counts: dict[str, object], device: str = "cpu", dtype: str = "") -> None:
     "Leave the counts that `run.json` will hold."
     write_json(run.out / "record.json", {"counts": counts, "device": device, "dtype": dtype})

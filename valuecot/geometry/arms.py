@@ -10,7 +10,7 @@ __all__ = ['stage', 'WEIGHT', 'REWARDED', 'PANELS', 'registry', 'sentences', 're
 import pandas as pd
 
 from ..flow.plan import Stage
-from ..flow.run import finish
+from ..flow.run import earlier, finish
 from ..settings import notes
 from ..stats import binned, mean_se
 from ..store import read_records
@@ -31,7 +31,7 @@ def registry(run: Run) -> pd.DataFrame:
     "Every arm, and whether it ran."
     said, design, rows = notes(), run.settings["geometry.design"], []
     for name, arm in ((n.split(".", 1)[1], a) for n, a in run.settings.sections.items() if n.startswith("arm.")):
-        done = sum(other.split("/")[0] == "samples" and other.split("/")[2] == name for other in run.inputs)
+        done = sum(job.arm == name for job, _ in earlier(run, "samples"))
         wanted = len(design.models) * len(design.seeds)
         rows.append({
             "arm": name, "label": arm.label, "what for": said.get(f"arm.{name}.label", ""), "fine-tuned on": arm.sft or "–", "share of prompts": arm.fraction, WEIGHT: arm.answer_weight,

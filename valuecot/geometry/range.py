@@ -8,7 +8,7 @@ __all__ = ['stage', 'radius', 'run_range']
 # %% ../../nbs/geometry/55_range.ipynb #fce8807d
 from ..curvature import plane_radius
 from ..flow.plan import Stage
-from ..flow.run import finish
+from ..flow.run import earlier, finish
 from ..store import read_json, write_json
 from ..types import Run
 
@@ -23,7 +23,7 @@ def radius(lambdas: dict[str, float], rise: float) -> float:  # in units of ||d 
 
 def run_range(run: Run) -> float:
     "The family's range."
-    rows = {name.split("/")[2]: read_json(folder / "spectrum.json") for name, folder in run.inputs.items()}
+    rows = {job.arm: read_json(folder / "spectrum.json") for job, folder in earlier(run, "spectrum")}
     lambdas = {arm: next(r["lambda_1"] for r in found if r["instrument"] == "valuecot" and r["subset"] == 0) for arm, found in rows.items()}
     found = radius(lambdas, run.settings["geometry.landscape"].rise)
     write_json(run.out / "range.json", {"radius": found, "lambda_1": lambdas, "rise": run.settings["geometry.landscape"].rise})

@@ -6,27 +6,28 @@
 from __future__ import annotations
 
 import html
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from ..data.questions import Question
-from ..flow.plan import DATASETS, Stage, split_cell
-from ..flow.run import finish
-from ..judge import binary, blind_ceiling, claims, constant, correct, flagged_parts, flip_accuracy, holm, majority, mcnemar, modal, quoted_gains, readings, score, score_intervals, steerability_gain
+from ..flow.plan import DATASETS, Job, Stage
+from ..flow.run import earlier, finish
+from ..judge import binary, blind_ceiling, claims, constant, correct, flagged_parts, flip_accuracy, holm, majority, mcnemar, modal, paired_interval, quoted_gains, readings, score, score_intervals, steerability_gain
 from ..store import read_json, read_records
 from ..types import Answer, Run
 from ..view.efficiency import CURVES, LINES, crossing_table, efficiency
 from ..view.gather import history, save_figures, write_table
-from ..view.tables import MISSING, Html, missing, to_html
+from ..view.tables import MISSING, Html, missing, number, to_html
 from ..view.theme import Figure
 
 # %% auto #0
 __all__ = ['stage', 'SAID', 'PAPER', 'ROWS', 'Method', 'Benchmark', 'read_method', 'rules_of', 'read_benchmark', 'binary_scores',
            'score_row', 'score_table', 'against_sft', 'gains', 'read_three_ways', 'ceilings', 'seen', 'over_seeds',
            'rlvr_curve', 'sft_curve', 'efficiency_data', 'efficiency_figures', 'quoted_tables', 'sentence', 'in_words',
-           'percent', 'named', 'shown_scores', 'not_run', 'report_efficiency', 'run_report']
+           'percent', 'named', 'shown_scores', 'compared', 'not_run', 'report_efficiency', 'run_report']
 
 # %% ../../nbs/steerable/90_report.ipynb #85f4340e
 stage = Stage("report", reads=("steerable", "steerable.design", "steerable.grpo", "published.value_kaleidoscope", "published.opinionqa", "published.offensiveness", "arm.{registry}"), inputs=("prompts", "grpo", "answers"), report=True)
@@ -86,13 +87,13 @@ class Benchmark:
         "The method of these levels; None where it did not run."
         return next((m for m in self.methods if (m.model, m.arm, m.seed) == (model, arm, seed)), None)
 
-
-def read_method(name: str, folder: Path, order: list[str]) -> Method:
+# %% ../../nbs/steerable/90_report.ipynb #70d2b1ca
+def read_method(job: Job, folder: Path, order: list[str]) -> Method:
     "Answers of one run, in the order of the questions."
-    _, cell, arm, seed = name.split("/")
     answers = {a.prompt_id: a for a in read_records(folder / "answers.jsonl", Answer)}
-    written = {row["id"]: row["completion"] for row in map(dict, pd.read_json(folder / "completions.jsonl", lines=True, dtype={"id": str, "completion": str}).to_dict("records")) if row["sample"] == 0}
-    return Method(split_cell(cell)[0], arm, int(seed.removeprefix("seed")), [answers[i].predicted for i in order], [written[i] for i in order])
+    lines = (folder / "completions.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    written = {row["id"]: row["completion"] for row in map(json.loads, lines) if row["sample"] == 0}
+    return Method(job.model, job.arm, int(job.seed.removeprefix("seed")), [answers[i].predicted for i in order], [written[i] for i in order])
 
 
 def rules_of(train: list[Question], test: list[Question]) -> list[Method]:
@@ -104,11 +105,12 @@ def rules_of(train: list[Question], test: list[Question]) -> list[Method]:
 
 def read_benchmark(run: Run, name: str) -> Benchmark:
     "Everything on one benchmark."
-    folder = next(f for n, f in run.inputs.items() if n.split("/")[0] == "prompts" and split_cell(n.split("/")[1])[1] == name)
+    (folder,) = (folder for job, folder in earlier(run, "prompts") if job.dataset == name)
     questions = read_records(folder / "questions.jsonl", Question)
     test = [q for q in questions if q.split == "test"]
-    ran = [read_method(n, f, [q.id for q in test]) for n, f in run.inputs.items() if n.split("/")[0] == "answers" and split_cell(n.split("/")[1])[1] == name]
+    ran = [read_method(job, folder, [q.id for q in test]) for job, folder in earlier(run, "answers") if job.dataset == name]
     return Benchmark(name, test, rules_of([q for q in questions if q.split == "train"], test) + ran)
+
 
 # %% ../../nbs/steerable/90_report.ipynb #1e1dac24
 SAID = {"A": "support", "B": "oppose", "C": "either"}  # of Value Kaleidoscope's letters
@@ -147,7 +149,8 @@ def against_sft(b: Benchmark) -> pd.DataFrame:
         if sft and m.arm != "sft":
             right, base = correct(b.gold, m.predicted), correct(b.gold, sft.predicted)
             alone, together = mcnemar(right, base), mcnemar(right, base, b.clusters)
-            rows.append({"model": m.model, "arm": m.arm, "seed": m.seed, "n": alone.n, "scenarios": together.clusters, "difference": alone.difference, "only this right": alone.b, "only SFT right": alone.c, "p by row": alone.pvalue, "p by scenario": together.pvalue})
+            spread = paired_interval(right, base, b.clusters, over="scenarios")
+            rows.append({"model": m.model, "arm": m.arm, "seed": m.seed, "n": alone.n, "scenarios": together.clusters, "difference": alone.difference, "low": spread.low, "high": spread.high, "only this right": alone.b, "only SFT right": alone.c, "p by row": alone.pvalue, "p by scenario": together.pvalue})
     if rows:
         adjusted = holm({i: row["p by scenario"] for i, row in enumerate(rows)})
         rows = [row | {"p by scenario, Holm": adjusted[i]} for i, row in enumerate(rows)]
@@ -197,9 +200,8 @@ def over_seeds(rows: list[dict]) -> pd.DataFrame:  # percent, accuracy, se
 def rlvr_curve(run: Run, model: str, dataset: str) -> pd.DataFrame:  # percent, accuracy, se
     "Share of right answers in RLVR's own batches."
     grpo, rows = run.settings["steerable.grpo"], []
-    for name, folder in run.inputs.items():
-        kind, cell, arm, _ = name.split("/")
-        if (kind, arm, *split_cell(cell)) == ("grpo", "rlvr", model, dataset):
+    for job, folder in earlier(run, "grpo"):
+        if (job.arm, job.model, job.dataset) == ("rlvr", model, dataset):
             counts = read_json(folder / "run.json")["counts"]
             rows += [{"percent": seen(row["step"], counts, grpo.group_size, grpo.iterations), "accuracy": row["value"]} for row in history(folder) if row["metric"] == "answer_lenient"]
     return over_seeds(rows)
@@ -283,17 +285,24 @@ def shown_scores(run: Run, b: Benchmark, table: pd.DataFrame) -> Html:
         line = {"method": named(run, row), **{shown: percent(row[name], row[f"{name} low"], row[f"{name} high"]) for name, shown in columns.items()}}
         line |= {"binary": " / ".join(percent(row[f"binary {shown}"]) for shown in columns.values())} if b.name == "value_kaleidoscope" else {}
         paper = [row[f"paper {shown} (%)"] for shown in columns.values()]
-        rows.append(line | {"read": row["answers read"], "paper": MISSING if missing(paper[0]) else " / ".join(f"{x:.1f}" for x in paper)})
+        rows.append(line | {"read": row["answers read"] if row["model"] else MISSING, "paper": MISSING if missing(paper[0]) else " / ".join(f"{x:.1f}" for x in paper)})
     n, k = len(b.questions), len(set(b.clusters))
     said = f"{b.name}: percent, with 95 % intervals over {k} scenarios drawn again; n = {n} rows for each method; binary and paper: accuracy / balanced accuracy / macro-F1, the paper's of the model that stands behind the name, on its own test rows; read: completions with a letter"
     return Html(f"{to_html(pd.DataFrame(rows), said)}<p>Not run: {html.escape('; '.join(not_run(run, b.name)))}.</p>")
 
 
+def compared(table: pd.DataFrame) -> pd.DataFrame:
+    "Differences in points with their intervals, and p-values to two digits however small."
+    ps = ["p by row", "p by scenario", "p by scenario, Holm"]
+    shown = table.drop(columns=["low", "high"]).assign(difference=[percent(*row) for row in table[["difference", "low", "high"]].to_numpy().tolist()])
+    return shown.assign(**{name: [number(p, 2) for p in table[name]] for name in ps})
+
+
 def not_run(run: Run, dataset: str) -> list[str]:
-    "Methods of the registry that are not in this design, and those of the paper that need a key or weights."
+    "Methods of the registry that are not in this design, and what of the paper is not built yet."
     design = run.settings["steerable.design"]
     arms = [a for n, a in run.settings.sections.items() if n.startswith("arm.") and a.study == "steerable" and a.name not in design.arms and (not a.datasets or dataset in a.datasets)]
-    return [a.label for a in arms] + ["GPT-4.1 Zero-Shot CoT (needs a key)", "Modular Pluralism (needs weights)"]
+    return [a.label for a in arms] + [f"{name} (not built yet)" for name in ("Synthetic CoT's traces", "GPT-4.1 Zero-Shot CoT", "Modular Pluralism")]
 
 # %% ../../nbs/steerable/90_report.ipynb #14b608d1
 def report_efficiency(run: Run, benchmarks: list[Benchmark]) -> dict[str, object]:

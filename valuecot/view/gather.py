@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..flow.run import earlier
 from ..stats import binned
 from ..store import read_json, write_text
 from ..types import Run
@@ -21,11 +22,7 @@ from .theme import Figure
 # %% ../../nbs/view/67_gather.ipynb #21f0b503
 def collect(run: Run, stage: str, read: Callable[[Path], list[dict]]) -> pd.DataFrame:
     "Rows that `read` gives for each run of `stage`, with model, arm and seed before them."
-    rows = []
-    for name, folder in run.inputs.items():
-        kind, model, arm, seed = name.split("/")
-        if kind == stage:
-            rows += [{"model": model, "arm": arm, "seed": seed.removeprefix("seed"), **row} for row in read(folder)]
+    rows = [{"model": job.model, "arm": job.arm, "seed": job.seed.removeprefix("seed"), **row} for job, folder in earlier(run, stage) for row in read(folder)]
     return pd.DataFrame(rows)
 
 
