@@ -223,7 +223,7 @@ def test_a_missing_key_and_a_cap_say_what_to_do(tmp_path, monkeypatch):
 # ---- the plan
 def test_the_plan_tells_questions_dollars_and_missing_keys(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    small = "steerable.scenarios=20 steerable.survey_questions=5 steerable.train_rows=0 steerable.validation_rows=0 steerable.test_rows=0 "
+    small = "steerable.scenarios=40 steerable.survey_questions=30 steerable.train_rows=0 steerable.validation_rows=0 steerable.test_rows=0 "
     assert star_bill.bill(load("test")) == "synthetic reasonings: none, no arm of the design learns from them"
     assert "rules: 1," not in star_bill.bill(load("tiny", small)) and "nothing to pay" in star_bill.bill(load("tiny", small))
     text = star_bill.bill(load("tiny", small + "steerable.traces.teachers=gpt-4.1-mini"))
