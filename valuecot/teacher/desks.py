@@ -209,7 +209,7 @@ def estimate(
         row["usd_at_most"] += price.most(want.request, models[want.desk.name].batched) / 1e9
     return list(rows.values())
 
-
+# %% ../../nbs/teacher/45_desks.ipynb #1087c031
 def room_line(likely: float, most: float, cap: float, spent: float, section: str = "geometry.traces") -> list[str]:  # none where the cap is wide enough
     "Whether the cap leaves enough."
     left = max(cap - spent, 0.0)

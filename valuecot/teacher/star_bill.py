@@ -72,7 +72,7 @@ def first_pass(want: Wanted, question: Question, cache: Cache | None) -> str:  #
         return "wrong" if reply or (told and told.billed) else "open"
     return "right" if found.answer == question.gold else "wrong"
 
-
+# %% ../../nbs/teacher/54_star_bill.ipynb #da982352
 def added(rows: list[dict[str, object]], more: list[dict[str, object]], likely: float, counted: bool) -> list[dict[str, object]]:
     "Rows by teacher with those of more questions, of which a share is likely."
     shares = {"questions": counted, "on_disk": counted, "input_tokens_likely": likely, "output_tokens_likely": likely, "usd_likely": likely, "usd_at_most": 1}
@@ -121,7 +121,7 @@ def bill(settings: Settings) -> str:
     second = [f"  what a first pass gets wrong is asked for once more: {MISSED:.0%} of those that are to come is likely, all of them the most"]
     return "\n".join([f"synthetic reasonings, {head}", *found, *(second if any(row["usd_at_most"] for row in rows) else [])])
 
-
+# %% ../../nbs/teacher/54_star_bill.ipynb #353960cb
 def check(settings: Settings) -> str:  # nothing, or an error
     "Refuse a study whose synthetic reasonings could not be had; one that has them, or is given replies, needs nobody."
     if not unable(settings, "steerable") or settings["steerable.traces"].replies:
