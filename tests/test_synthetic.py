@@ -149,6 +149,8 @@ def test_a_row_that_is_put_aside_stays_with_the_other_methods(tmp_path):
         seen = any("riddle" in row["prompt"][-1]["content"] for row in rows)
         assert seen == has and (arm == "human-cot" or lacking == (not has)), arm
     assert "odd" in {t.prompt_id for t in read_records(run.out / "traces.jsonl", Trace) if t.style == "practice"}
+    with pytest.raises(ValueError, match="no teacher was asked for them; name synthetic-cot in steerable.design.arms"):
+        sft_rows(prompts, [t for t in traces if t.style != "synthetic"], settings["arm.synthetic-cot"])
 
 
 def test_nothing_is_taught_where_everything_is_put_aside(tmp_path):

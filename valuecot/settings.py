@@ -640,7 +640,7 @@ def check_teachers(where: str, taught: tuple[str, ...], settings: Settings) -> N
     if not taught or len(set(taught)) < len(taught):
         raise ValueError(f"{where} = {', '.join(taught) or 'nobody'}: name each once, and at least one")
 
-
+# %% ../nbs/01_settings.ipynb #9e74a3db
 def needed_alone(settings: Settings) -> Settings:
     "Without the teachers of synthetic reasonings where no arm of the design learns from them: nobody is asked, and nothing is paid, for what nobody reads."
     if any(settings[f"arm.{name}"].sft == "synthetic" for name in settings["steerable.design"].arms):
