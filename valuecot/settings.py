@@ -14,7 +14,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -23,8 +23,9 @@ from .types import Arm
 # %% auto #0
 __all__ = ['records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Weights', 'Data', 'Design', 'Traces', 'TeacherModel',
            'SFT', 'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'ModelShape', 'Machine', 'BaseModel',
-           'Steerable', 'Sampling', 'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast', 'published', 'read_file',
-           'notes', 'optional', 'put', 'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'tell']
+           'Steerable', 'Sampling', 'SteerableTraces', 'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast',
+           'published', 'read_file', 'notes', 'optional', 'put', 'parse_overrides', 'typed', 'Settings', 'load',
+           'check_design', 'check_teachers', 'needed_alone', 'tell']
 
 # %% ../nbs/01_settings.ipynb #8ad55607
 def root(
@@ -344,6 +345,24 @@ class Sampling:
     batch_size: int
     max_completion_length: int
 
+# %% ../nbs/01_settings.ipynb #f3d4256b
+@dataclass(frozen=True)
+class SteerableTraces:
+    "[steerable.traces]: who writes the synthetic reasonings, and how it is asked."
+
+    teachers: tuple[str, ...]  # () where no arm of the design learns from them
+    hints: bool  # a rationalisation is shown the row's explanation, where it has one
+    temperature: float  # 1: not sent, the provider's default
+    top_p: float  # as temperature
+    templates: Source  # "" for ours, or a folder
+    replies: Source  # "" or a folder with exports of replies to take into the cache first
+    cap: float  # dollars, over all that was ever sent
+
+    def __post_init__(self):
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"steerable.traces.top_p = {self.top_p}: a share of the probability, above 0 and at most 1 (1 leaves it out)")
+
+
 # %% ../nbs/01_settings.ipynb #64085721-8
 @dataclass(frozen=True)
 class SteerableSFT:
@@ -432,6 +451,7 @@ records = {
     "steerable.sft": SteerableSFT,
     "steerable.grpo": SteerableGRPO,
     "steerable.sampling": Sampling,
+    "steerable.traces": SteerableTraces,
 }
 
 # %% ../nbs/01_settings.ipynb #e3ad7076
@@ -589,7 +609,7 @@ def load(
         put(sections, name, value, "SET")
     settings = Settings(profile, {name: typed(name, values) for name, values in sections.items()}, overrides)
     check_design(settings)
-    return settings
+    return needed_alone(settings)
 
 # %% ../nbs/01_settings.ipynb #fc5ce832
 def check_design(settings: Settings) -> None:
@@ -608,13 +628,24 @@ def check_design(settings: Settings) -> None:
         for arm in (settings[f"arm.{name}"] for name in design.arms):
             if lacking := [m for m in design.models if arm.start and f"model.{m}-{arm.start}" not in settings.sections]:
                 raise ValueError(f"arm {arm.name} starts from [model.{lacking[0]}-{arm.start}], which settings.ini does not have: add it, or set arm.{arm.name}.start to another variant or to nothing")
-    taught = settings["geometry.traces"].teachers
+        check_teachers(f"{study}.traces.teachers", settings[f"{study}.traces"].teachers, settings)
+
+
+def check_teachers(where: str, taught: tuple[str, ...], settings: Settings) -> None:
+    "Refuse teachers that no section describes, one named twice, or none."
     known = [s.split(".", 1)[1] for s in settings.sections if s.startswith("teacher.")]
     for name in taught:
         if name not in known:
-            raise KeyError(f"geometry.traces.teachers: {nearest(name, known, 'teacher')}. For another one, add a section [teacher.{name}] with its provider and model to settings.ini")
+            raise KeyError(f"{where}: {nearest(name, known, 'teacher')}. For another one, add a section [teacher.{name}] with its provider and model to settings.ini")
     if not taught or len(set(taught)) < len(taught):
-        raise ValueError(f"geometry.traces.teachers = {', '.join(taught) or 'nobody'}: name each once, and at least one")
+        raise ValueError(f"{where} = {', '.join(taught) or 'nobody'}: name each once, and at least one")
+
+# %% ../nbs/01_settings.ipynb #9e74a3db
+def needed_alone(settings: Settings) -> Settings:
+    "Without the teachers of synthetic reasonings where no arm of the design learns from them: nobody is asked, and nothing is paid, for what nobody reads."
+    if any(settings[f"arm.{name}"].sft == "synthetic" for name in settings["steerable.design"].arms):
+        return settings
+    return replace(settings, sections=settings.sections | {"steerable.traces": replace(settings["steerable.traces"], teachers=())})
 
 # %% ../nbs/01_settings.ipynb #4624cb56
 def tell(

@@ -17,7 +17,7 @@ from .rows import question_id
 # %% auto #0
 __all__ = ['MEANS', 'ENDS', 'PEOPLE', 'VERDICTS', 'CAMPS', 'EVERYBODY', 'VALUES', 'BATTERIES', 'SUBJECTS', 'GROUPS', 'LEANINGS',
            'STANDINGS', 'WIDTH', 'weighed', 'verdict', 'explained', 'drawn_actions', 'value_world', 'check_asked',
-           'check_world', 'positions', 'shares_at', 'survey_world']
+           'check_world', 'positions', 'shares_at', 'town', 'survey_world']
 
 # %% ../../nbs/data/32_perspectives.ipynb #8ec68cb0
 MEANS = {  # feature: (words, name, 1 good or -1 bad)
@@ -165,6 +165,12 @@ def shares_at(x: float, places: list[float]) -> tuple[float, ...]:  # sum to 1
     return tuple(weight / math.fsum(weights) for weight in weights)
 
 # %% ../../nbs/data/32_perspectives.ipynb #7d3ca826
+def town(rng: random.Random) -> tuple[dict[str, int], dict[str, int]]:  # of each group, of each subject; in hundredths
+    "Who leans where in a town."
+    leaning, standing = (dict(zip(names, rng.sample(numbers, len(numbers)), strict=True)) for names, numbers in ((GROUPS, LEANINGS), (SUBJECTS, STANDINGS)))
+    return leaning, standing
+
+
 def survey_world(
     questions: int = 96,
     seed: int = 0,
@@ -175,7 +181,7 @@ def survey_world(
     check_world(decided_by)
     check_asked(questions, len(asked), "survey questions")
     rng = random.Random(f"survey {seed}")
-    leaning, standing = (dict(zip(names, rng.sample(numbers, len(numbers)), strict=True)) for names, numbers in ((GROUPS, LEANINGS), (SUBJECTS, STANDINGS)))
+    leaning, standing = town(rng)
     found = []
     for (stem, options), subject in rng.sample(asked, questions):
         common, places = rng.uniform(-1, 1), positions(len(options))

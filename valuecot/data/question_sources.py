@@ -11,12 +11,14 @@ from typing import Literal
 
 from . import opinionqa, value_kaleidoscope
 from .perspectives import survey_world, value_world
+from .question_splits import split_questions, subsample
 from .questions import Question
 from .rows import accounted
-from ..settings import nearest, root
+from ..settings import Steerable, nearest, root
 
 # %% auto #0
-__all__ = ['BENCHMARKS', 'check_benchmark', 'embedded_questions', 'questions_of', 'foreseen_questions']
+__all__ = ['BENCHMARKS', 'check_benchmark', 'embedded_questions', 'questions_of', 'foreseen_questions', 'read_questions',
+           'chosen']
 
 # %% ../../nbs/data/35_question_sources.ipynb #81c5ac59
 BENCHMARKS = ("value_kaleidoscope", "opinionqa")
@@ -69,3 +71,16 @@ def foreseen_questions(benchmark: str, source: str, size: int = 0) -> str:  # a 
     told = "; ".join(f"{name} {n}" for name, n in counts.items() if name.startswith(("dropped: ", "kept: ")))
     where = "written by this project" if source == "embedded" else f"of {counts['rows']} rows in {source}"
     return f"{benchmark}: {len(questions)} questions {where}, {len({q.cluster for q in questions})} clusters" + (f" ({told})" if told else "")
+
+# %% ../../nbs/data/35_question_sources.ipynb #7034a518
+def read_questions(settings: Steerable, dataset: str) -> tuple[list[Question], dict[str, int]]:  # all that there are, what became of the rows
+    "The questions of a benchmark that the settings name."
+    size = {"value_kaleidoscope": settings.scenarios, "opinionqa": settings.survey_questions}[dataset]
+    return questions_of(dataset, getattr(settings, dataset), size, decided_by=settings.decided_by, damaged=settings.damaged)
+
+
+def chosen(found: list[Question], settings: Steerable) -> list[Question]:
+    "Split, and as many of each part as the settings ask for."
+    sizes = {"train": settings.train_rows, "validation": settings.validation_rows, "test": settings.test_rows}
+    parts = split_questions(found, settings.split, settings.split_shares, settings.split_seed)
+    return subsample(parts, {part: n for part, n in sizes.items() if n}, settings.split_seed)

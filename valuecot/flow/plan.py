@@ -195,7 +195,7 @@ class Plan(Study):
 
     def reads(self, job: Job) -> Settings:
         "The settings that `job` declared."
-        many = {"{arms}": self.design.arms, "{registry}": self.registry, "{teachers}": self.settings["geometry.traces"].teachers}
+        many = {"{arms}": self.design.arms, "{registry}": self.registry, "{teachers}": self.settings[f"{self.study}.traces"].teachers}
         patterns = []
         for name in self.stages[job.stage].reads:
             each = next((key for key in many if key in name), None)

@@ -13,13 +13,12 @@ from ..data.splits import traced
 from ..flow.plan import Stage
 from ..flow.run import finish
 from ..providers.asking import Policy
-from ..providers.cache import Cache, export_replies, import_replies, read_export
-from ..providers.prices import usd
+from ..providers.cache import Cache, export_replies
 from ..settings import root
 from ..store import read_records, write_records
 from ..teacher.asked import Collected, Wanted, collect, commonest, outcome, unequal
 from ..teacher.controls import controls
-from ..teacher.desks import backends, questions, replies_path, teachers_of
+from ..teacher.desks import all_answered, backends, questions, replies_path, take_replies, teachers_of
 from ..types import Prompt, Run, Trace
 
 # %% ../../nbs/geometry/20_traces.ipynb #e51e8a28
@@ -28,12 +27,7 @@ stage = Stage("traces", reads=("geometry.traces", "teacher.{teachers}"), inputs=
 # %% ../../nbs/geometry/20_traces.ipynb #594a4a3a
 def complete(found: Collected, missing: dict[str, Exception], cache: Cache, cap: float) -> None:
     "Every question has its reply or its reason; else an error that says what to do."
-    kept = f"what came is kept in {cache.path.name}, and the next run asks only for the rest"
-    if found.tally.unasked:
-        raise RuntimeError(f"the cap of {usd(cap)} would be passed: {found.tally.unasked} questions were not asked, {usd(cache.spent)} are spent; raise geometry.traces.cap; {kept}")
-    if failed := found.tally.failures:
-        said = "; ".join([commonest(f.reason for f in failed), *map(str, missing.values())])
-        raise RuntimeError(f"{len(failed)} questions have no reply yet ({said}); {kept}")
+    kept = all_answered(found.tally, missing, cache, cap, "geometry.traces")
     for teacher in {q.teacher for q in found.aside} - {t.teacher for t in found.traces}:
         reasons = [q.reason for q in found.aside if q.teacher == teacher]
         raise RuntimeError(f"no trace came of {len(reasons)} questions to {teacher} ({commonest(reasons)}): its prompts would be missing from every arm; {kept}")
@@ -41,15 +35,7 @@ def complete(found: Collected, missing: dict[str, Exception], cache: Cache, cap:
 # %% ../../nbs/geometry/20_traces.ipynb #1d6a888d
 def take(cache: Cache, folder: Path, wants: list[Wanted]) -> None:
     "Take somebody's replies into the cache; a folder that answers nothing is an error."
-    paths = sorted(folder.glob("*.jsonl.gz"))
-    if not paths:
-        raise FileNotFoundError(f"geometry.traces.replies: no *.jsonl.gz in {folder}{'' if folder.is_dir() else ', which is no folder'}; name the folder that holds somebody's replies.jsonl.gz, or leave it empty")
-    theirs = [request for path in paths for part in read_export(path) for request, _ in part]
-    if not {r.key for r in theirs} & {w.request.key for w in wants}:
-        held, asked = (", ".join(sorted(set(names))) or "nobody" for names in ((r.who for r in theirs), (w.request.who for w in wants)))
-        same = " with other prompts, words, templates, max_tokens or effort" if held == asked else ""
-        raise ValueError(f"geometry.traces.replies: {len(theirs)} replies were read, none answers these questions: they are for {held}, the study asks {asked}{same}")
-    import_replies(cache, *paths)
+    take_replies(cache, folder, [w.request for w in wants], "geometry.traces")
 
 # %% ../../nbs/geometry/20_traces.ipynb #1c277803
 def replies(run: Run, prompts: list[Prompt]) -> Collected:

@@ -28,7 +28,8 @@ def sft_rows(prompts: list[Prompt], traces: list[Trace], arm: Arm) -> tuple[list
     wanted = share([p for p in prompts if p.split == "sft"], arm.fraction)
     lacking = [p.id for p in wanted if p.id not in written]
     if lacking and (arm.sft in ASKED or len(lacking) == len(wanted)):
-        raise ValueError(f"{len(lacking)} of {len(wanted)} SFT prompts have no {arm.sft} trace, first {lacking[0]!r}")
+        asks = f": no teacher was asked for them; name {arm.name} in steerable.design.arms and run the stage traces again" if arm.sft == "synthetic" else ""
+        raise ValueError(f"{len(lacking)} of {len(wanted)} SFT prompts have no {arm.sft} trace, first {lacking[0]!r}{asks}")
     return [conversation(p, written[p.id], arm.thinking) for p in wanted if p.id in written], len(lacking)
 
 

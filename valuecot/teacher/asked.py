@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from ..data.questions import Question
 from ..data.views import read_prompts
 from ..providers.asking import Backend, Policy, Tally, ask_all, finished
 from ..providers.cache import Cache
@@ -37,6 +38,10 @@ class Desk(Shown):
     model: str  # as the provider calls it
     max_tokens: int = 4096  # of a reply, thinking included
     parameters: tuple[tuple[str, object], ...] = ()  # temperature, seed, effort
+
+    def about(self, question: Question, gold: bool) -> Desk:
+        "The desk that asks about one question of the steerable study, where it may be told what is right or not; most desks need the words alone."
+        return self
 
     def asks(self, text: str, schema: dict) -> Request:
         "A question of one message."

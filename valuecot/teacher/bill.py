@@ -27,9 +27,9 @@ def planned_prompts(settings: Settings) -> tuple[list[Prompt], str]:  # prompts 
     return [p for p in drawn(source_prompts(data), data) if p.split in ("sft", "heldout")], ""
 
 
-def unable(settings: Settings) -> dict[str, Exception]:  # by teacher
+def unable(settings: Settings, study: str = "geometry") -> dict[str, Exception]:  # by teacher
     "Why some teachers cannot be asked."
-    models = teachers_of(settings)
+    models = teachers_of(settings, study)
     missing = backends(models.values())[1]
     return {name: missing[who] for name, m in models.items() if (who := called(m)) in missing}
 
@@ -44,10 +44,10 @@ def rows_of(settings: Settings, prompts: list[Prompt]) -> tuple[list[dict[str, o
         return estimate(*asked, cache, words, lost), cache.spent
 
 
-def in_the_way(settings: Settings, rows: list[dict[str, object]]) -> list[Exception]:
+def in_the_way(settings: Settings, rows: list[dict[str, object]], study: str = "geometry") -> list[Exception]:
     "Teachers that have questions left and cannot be asked."
     left = {row["teacher"]: row["questions"] - row["on_disk"] for row in rows}
-    return [type(error)(f"{left[name]:,} questions to {name} have no reply yet, and nobody can be asked: {error}") for name, error in unable(settings).items() if left[name]]
+    return [type(error)(f"{left[name]:,} questions to {name} have no reply yet, and nobody can be asked: {error}") for name, error in unable(settings, study).items() if left[name]]
 
 # %% ../../nbs/teacher/46_bill.ipynb #d250679d
 def bill(settings: Settings) -> str:

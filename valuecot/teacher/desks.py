@@ -11,24 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data import details
-from ..providers.asking import Backend, Live
+from ..providers.asking import Backend, Live, Tally
 from ..providers.batches import Batched
-from ..providers.cache import Cache
+from ..providers.cache import Cache, import_replies, read_export
 from ..providers.local import Local
 from ..providers.prices import Price, usd
 from ..providers.requests import Failed, Reply, Request
 from ..settings import Settings, TeacherModel, outputs, root
 from ..store import digest
 from . import rules, styles
-from .asked import Desk, Wanted, once_more, wanted
+from .asked import Desk, Wanted, commonest, once_more, wanted
 from .schemas import as_reply
 from .templates import templates_of
 from ..types import Prompt
 
 # %% auto #0
 __all__ = ['WRITTEN_BY', 'BYTES', 'THOUGHT', 'RulesDesk', 'Rules', 'is_folder', 'model_name', 'called', 'desk_of', 'assigned',
-           'teachers_of', 'questions', 'replies_path', 'price_of', 'backend_of', 'backends', 'ended', 'estimate',
-           'room_line', 'cost_lines']
+           'teachers_of', 'questions', 'replies_path', 'price_of', 'backend_of', 'backends', 'take_replies',
+           'all_answered', 'ended', 'estimate', 'room_line', 'cost_lines']
 
 # %% ../../nbs/teacher/45_desks.ipynb #f519f260
 WRITTEN_BY = "rules-" + digest([inspect.getsource(m) for m in (rules, styles, details)], 8)  # other rules are another teacher: their old replies do not answer for them
@@ -95,9 +95,9 @@ def assigned(prompt: Prompt, teachers: tuple[str, ...]) -> str:
     return teachers[int(digest(prompt.id), 16) % len(teachers)]
 
 
-def teachers_of(settings: Settings) -> dict[str, TeacherModel]:
-    "The teachers of the geometry study, by name."
-    return {name: settings[f"teacher.{name}"] for name in settings["geometry.traces"].teachers}
+def teachers_of(settings: Settings, study: str = "geometry") -> dict[str, TeacherModel]:
+    "The teachers of a study, by name."
+    return {name: settings[f"teacher.{name}"] for name in settings[f"{study}.traces"].teachers}
 
 
 def questions(settings: Settings, prompts: Iterable[Prompt]) -> list[Wanted]:
@@ -146,6 +146,35 @@ def backends(models: Iterable[TeacherModel]) -> tuple[dict[str, Backend], dict[s
             missing[who] = error
     return found, missing
 
+# %% ../../nbs/teacher/45_desks.ipynb #b61b36be
+def take_replies(
+    cache: Cache,
+    folder: Path,
+    requests: list[Request],  # of which some must be answered
+    section: str,  # of the setting, for errors
+) -> None:
+    "Take somebody's replies into the cache; a folder that answers nothing is an error."
+    paths = sorted(folder.glob("*.jsonl.gz"))
+    if not paths:
+        raise FileNotFoundError(f"{section}.replies: no *.jsonl.gz in {folder}{'' if folder.is_dir() else ', which is no folder'}; name the folder that holds somebody's replies.jsonl.gz, or leave it empty")
+    theirs = [request for path in paths for part in read_export(path) for request, _ in part]
+    if not {r.key for r in theirs} & {r.key for r in requests}:
+        held, asked = (", ".join(sorted({r.who for r in found})) or "nobody" for found in (theirs, requests))
+        same = " with other prompts, words, templates, max_tokens or effort" if held == asked else ""
+        raise ValueError(f"{section}.replies: {len(theirs)} replies were read, none answers these questions: they are for {held}, the study asks {asked}{same}")
+    import_replies(cache, *paths)
+
+
+def all_answered(tally: Tally, missing: dict[str, Exception], cache: Cache, cap: float, section: str) -> str:  # what to add to an error
+    "Every question has its reply or its reason; else an error that says what to do."
+    kept = f"what came is kept in {cache.path.name}, and the next run asks only for the rest"
+    if tally.unasked:
+        raise RuntimeError(f"the cap of {usd(cap)} would be passed: {tally.unasked} questions were not asked, {usd(cache.spent)} are spent; raise {section}.cap; {kept}")
+    if failed := tally.failures:
+        said = "; ".join([commonest(f.reason for f in failed), *map(str, missing.values())])
+        raise RuntimeError(f"{len(failed)} questions have no reply yet ({said}); {kept}")
+    return kept
+
 # %% ../../nbs/teacher/45_desks.ipynb #1ea23349
 BYTES = 4.2  # of English per token, roughly, for the likely cost alone
 THOUGHT = 1.0  # tokens of thinking per token of the object, for models that think; a guess
@@ -180,17 +209,23 @@ def estimate(
         row["usd_at_most"] += price.most(want.request, models[want.desk.name].batched) / 1e9
     return list(rows.values())
 
-
-def room_line(likely: float, most: float, cap: float, spent: float) -> list[str]:  # none where the cap is wide enough
+# %% ../../nbs/teacher/45_desks.ipynb #1087c031
+def room_line(likely: float, most: float, cap: float, spent: float, section: str = "geometry.traces") -> list[str]:  # none where the cap is wide enough
     "Whether the cap leaves enough."
     left = max(cap - spent, 0.0)
     if left >= most:
         return []
     less = f"less than the likely {usd(likely)}, so expect questions to be left unasked" if left < likely else f"less than the most that it may cost, {usd(most)}, so questions may be left unasked"
-    return [f"  the cap leaves {usd(left)}, {less}: raise geometry.traces.cap"]
+    return [f"  the cap leaves {usd(left)}, {less}: raise {section}.cap"]
 
 
-def cost_lines(rows: list[dict[str, object]], unable: dict[str, Exception], cap: float, spent: float) -> list[str]:
+def cost_lines(
+    rows: list[dict[str, object]],
+    unable: dict[str, Exception],
+    cap: float,
+    spent: float,
+    section: str = "geometry.traces",  # that holds the cap
+) -> list[str]:
     "What a reader of the plan sees."
     paid = [r for r in rows if r["usd_at_most"] or r["teacher"] in unable]
     found = [f"  {r['teacher']}: {r['questions']:,} questions, {r['on_disk']:,} of them on disk, nothing to pay" for r in rows if r not in paid]
@@ -198,4 +233,4 @@ def cost_lines(rows: list[dict[str, object]], unable: dict[str, Exception], cap:
         found.append(f"  {r['teacher']}: {r['questions']:,} questions, {r['on_disk']:,} of them on disk; likely {usd(r['usd_likely'])} ({r['input_tokens_likely']:,} tokens in, {r['output_tokens_likely']:,} out, a guess), at most {usd(r['usd_at_most'])}")
     likely, most = sum(r["usd_likely"] for r in rows), sum(r["usd_at_most"] for r in rows)
     head = f"teachers: likely {usd(likely)}, at most {usd(most)} if each is asked once, at list prices and the batch share where batched = yes; spent so far {usd(spent)}; nothing is sent that could pass the cap of {usd(cap)}" if paid else "teachers: nothing to pay"
-    return [head, *(room_line(likely, most, cap, spent) if paid else []), *found, *dict.fromkeys(f"  {reason}" for reason in unable.values())]
+    return [head, *(room_line(likely, most, cap, spent, section) if paid else []), *found, *dict.fromkeys(f"  {reason}" for reason in unable.values())]

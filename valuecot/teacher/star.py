@@ -148,7 +148,8 @@ def star(
 
     def asked(place: int, step: str, hint: bool) -> tuple[Request, Reads]:
         q = questions[place]
-        return desks[place].asks(star_wording(q, step, hint, templates), schema_of(star_reply(q.letters))), star_reads(q)
+        desk = desks[place].about(q, gold=step == "rationalise")
+        return desk.asks(star_wording(q, step, hint, templates), schema_of(star_reply(q.letters))), star_reads(q)
 
     hinted = [hints and bool(q.explanation) for q in questions]
 

@@ -80,7 +80,8 @@ def helpers(settings: Settings, arm: Arm, stage: str) -> list[Helper]:
     "Judge and teachers of a checkpoint of `arm` after `stage`, the project's own left out."
     judge = settings["geometry.reward_model"].source
     found = [Helper("reward model", f"the user's folder {Path(judge).name}" if is_folder(judge) else judge, licence_of(judge))] if stage == "grpo" and arm.reward == "judge" and judge != "scratch" else []
-    for name, m in teachers_of(settings).items() if arm.sft else ():
+    taught = bool(arm.sft) and (arm.study == "geometry" or arm.sft == "synthetic")  # the steerable study's other texts are the rows' own
+    for name, m in teachers_of(settings, arm.study).items() if taught else ():
         own = m.provider in ("transformers", "server")
         found += [Helper(f"teacher {name}", model_name(m), licence_of(m.model) if own else f"terms of {m.provider}")] if m.provider != "rules" else []
     return found
