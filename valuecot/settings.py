@@ -23,9 +23,9 @@ from .types import Arm
 # %% auto #0
 __all__ = ['records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Weights', 'Data', 'Design', 'Traces', 'TeacherModel',
            'SFT', 'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'ModelShape', 'Machine', 'BaseModel',
-           'Steerable', 'Sampling', 'SteerableTraces', 'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast',
-           'published', 'read_file', 'notes', 'optional', 'put', 'parse_overrides', 'typed', 'Settings', 'load',
-           'check_design', 'check_teachers', 'needed_alone', 'tell']
+           'Steerable', 'Sampling', 'SteerableTraces', 'Prompted', 'Pluralism', 'Probes', 'Faithfulness', 'Moderation',
+           'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast', 'published', 'read_file', 'notes', 'optional', 'put',
+           'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'check_teachers', 'needed_alone', 'tell']
 
 # %% ../nbs/01_settings.ipynb #8ad55607
 def root(
@@ -363,6 +363,59 @@ class SteerableTraces:
             raise ValueError(f"steerable.traces.top_p = {self.top_p}: a share of the probability, above 0 and at most 1 (1 leaves it out)")
 
 
+# %% ../nbs/01_settings.ipynb #6d1895c9
+@dataclass(frozen=True)
+class Prompted:
+    "[steerable.prompted]: large models that are asked the test rows as they are."
+
+    models: tuple[str, ...]  # sections [teacher.<name>]; () for none
+    temperature: float  # 1: not sent
+    top_p: float  # as temperature
+    replies: Source  # "" or a folder with exports of replies to take into the cache first
+    cap: float  # dollars, over all that was ever sent
+
+
+@dataclass(frozen=True)
+class Pluralism:
+    "[steerable.pluralism]: communities that comment, so that a model can answer with the comment that fits a perspective best."
+
+    communities: tuple[str, ...]  # "model.<name>" for a community's own model, "persona.<words>" for the model itself, asked to speak as one; () for none
+    comment_length: int  # new tokens of a comment
+
+
+@dataclass(frozen=True)
+class Probes:
+    "[steerable.probes]: what a trained policy answers when something about the question or its own reasoning is changed."
+
+    kinds: tuple[Literal["swapped", "reordered", "direct", "own", "early", "corrupted", "crossed"], ...]  # () for none
+    rows: int  # of the test part, drawn once for all arms; 0: all
+    seed: int
+
+
+@dataclass(frozen=True)
+class Faithfulness:
+    "[steerable.faithfulness]: judges that see scenario and reasoning, and not the perspective."
+
+    judges: tuple[str, ...]  # a [teacher.<name>], "model.<name>" by how likely it finds each letter, or "words" by rule; () for none
+    rows: int  # of the test part, drawn once for all methods; 0: all
+    seed: int
+    replies: Source  # as in [steerable.prompted]
+    cap: float
+
+
+@dataclass(frozen=True)
+class Moderation:
+    "[steerable.moderation]: who looks for offence in the reasonings."
+
+    by: tuple[str, ...]  # "omni-moderation" of OpenAI, "classifier" a model on this machine, "words" by rule; () for none
+    rows: int
+    seed: int
+    model: str  # of "omni-moderation", as the provider calls it
+    classifier: Weights  # of "classifier": a repository or a folder
+    replies: Source
+    cap: float
+
+
 # %% ../nbs/01_settings.ipynb #64085721-8
 @dataclass(frozen=True)
 class SteerableSFT:
@@ -452,6 +505,11 @@ records = {
     "steerable.grpo": SteerableGRPO,
     "steerable.sampling": Sampling,
     "steerable.traces": SteerableTraces,
+    "steerable.prompted": Prompted,
+    "steerable.pluralism": Pluralism,
+    "steerable.probes": Probes,
+    "steerable.faithfulness": Faithfulness,
+    "steerable.moderation": Moderation,
 }
 
 # %% ../nbs/01_settings.ipynb #e3ad7076
@@ -485,7 +543,7 @@ def cast(
         raise ValueError(f"{where} = {text!r} is not {'a whole number' if kind is int else 'a number'}") from None
     if not 0 <= value < float("inf"):
         raise ValueError(f"{where} = {text!r} must be finite and not negative")
-    if kind is int and value == 0 and not where.endswith(("seed", "seeds", "top_k", "head_dim", "linear_heads", "per_minute", "max_prompt_length", "patience", "_rows", "scenarios", "survey_questions")):
+    if kind is int and value == 0 and not where.endswith(("seed", "seeds", "top_k", "head_dim", "linear_heads", "per_minute", "max_prompt_length", "patience", "rows", "scenarios", "survey_questions")):
         raise ValueError(f"{where} = 0 would leave nothing to do: it counts something, so at least 1")
     return value
 

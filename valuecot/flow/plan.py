@@ -29,9 +29,10 @@ class Stage:
     name: str
     levels: tuple[str, ...] = ()  # of "model", "dataset", "arm", "seed": one run for each combination
     reads: tuple[str, ...] = ()  # settings sections; {model}, {dataset}, {arm}, {study} are filled in, {arms} of the design, {registry} of all arms, {teachers} give one for each; "...?" where the study has it
-    inputs: tuple[str, ...] = ()  # stages needed first; "sft|base_model" takes the first that this arm has, "reward_model@judge" is for arms that are rewarded so
+    inputs: tuple[str, ...] = ()  # stages needed first; "sft|base_model" takes the first that this arm has, "reward_model@judge" is for arms that are rewarded so, "base_model:section.key" one for each model.<name> in that setting
     only: str = ""  # field of Arm: arms where it is empty skip the stage
     same: tuple[str, ...] = ()  # fields of Arm: arms that agree in all of them share one run, under the name of the first in settings.ini
+    when: str = ""  # a list among the settings, as section.key: where it is empty there is no such stage
     report: bool = False  # collects everything: its folder has no levels, and figures are its product
     notebook: Path = Path()  # filled in by `stages`
 
@@ -133,6 +134,9 @@ class Study:
 
     def runs(self, stage: Stage, arm: str, dataset: str = "all") -> bool:
         "Whether `arm` has `stage` at all, on this data set."
+        section, _, key = stage.when.rpartition(".")
+        if key and not getattr(self.settings[section], key):
+            return False
         if arm == "all":
             return True
         found = self.settings[f"arm.{arm}"]
@@ -164,10 +168,19 @@ class Plan(Study):
         found = []
         for name in self.stages[job.stage].inputs:
             name, _, reward = name.partition("@")
-            if reward and self.settings[f"arm.{job.arm}"].reward != reward:
+            if ":" in name or (reward and self.settings[f"arm.{job.arm}"].reward != reward):
                 continue
             options = [self.stages[n] for n in name.split("|")]
-            found.append(next(s for s in options if self.runs(s, job.arm if "arm" in s.levels else "all", job.dataset)))
+            found += [s for s in options if self.runs(s, job.arm if "arm" in s.levels else "all", job.dataset)][:1]
+        return found
+
+    def named(self, job: Job) -> list[Job]:
+        "Jobs of the models that a setting names."
+        found = []
+        for name, _, setting in (wanted.partition(":") for wanted in self.stages[job.stage].inputs if ":" in wanted):
+            section, _, key = setting.rpartition(".")
+            models = [one.removeprefix("model.") for one in getattr(self.settings[section], key) if one.startswith("model.")]
+            found += [one for model in models for one in self.expand(self.stages[name], {"model": model})]
         return found
 
     def inputs(self, job: Job) -> list[Job]:
@@ -177,7 +190,7 @@ class Plan(Study):
         for stage in self.needs(job):
             variant = f"{job.model}-{start}" if start and stage.levels == ("model",) else job.model
             found += self.expand(stage, {"model": variant, "dataset": job.dataset, "arm": job.arm, "seed": job.seed})
-        return found
+        return list(dict.fromkeys(found + self.named(job)))
 
     def jobs(self) -> list[Job]:
         "Every job, each after its inputs; a stage of both studies runs where one of this study needs it."

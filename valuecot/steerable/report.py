@@ -6,111 +6,28 @@
 from __future__ import annotations
 
 import html
-import json
-from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 
-from ..data.questions import Question
-from ..flow.plan import DATASETS, Job, Stage
+from ..flow.plan import DATASETS, Stage
 from ..flow.run import earlier, finish
-from ..judge import binary, blind_ceiling, claims, constant, correct, flagged_parts, flip_accuracy, holm, majority, mcnemar, modal, paired_interval, quoted_gains, readings, score, score_intervals, steerability_gain
-from ..store import read_json, read_records
-from ..types import Answer, Run
+from ..judge import binary, blind_ceiling, claims, correct, flagged_parts, flip_accuracy, holm, mcnemar, paired_interval, quoted_gains, readings, score, score_intervals, steerability_gain
+from .methods import Benchmark, Method, read_benchmark
+from ..store import read_json
+from ..types import Run
 from ..view.efficiency import CURVES, LINES, crossing_table, efficiency
 from ..view.gather import history, save_figures, write_table
 from ..view.tables import MISSING, Html, missing, number, to_html
 from ..view.theme import Figure
 
 # %% auto #0
-__all__ = ['stage', 'SAID', 'PAPER', 'ROWS', 'Method', 'Benchmark', 'read_method', 'rules_of', 'read_benchmark', 'binary_scores',
-           'score_row', 'score_table', 'against_sft', 'gains', 'read_three_ways', 'ceilings', 'seen', 'over_seeds',
-           'rlvr_curve', 'sft_curve', 'efficiency_data', 'efficiency_figures', 'quoted_tables', 'sentence', 'in_words',
-           'percent', 'named', 'shown_scores', 'compared', 'not_run', 'report_efficiency', 'run_report']
+__all__ = ['stage', 'SAID', 'PAPER', 'ROWS', 'binary_scores', 'score_row', 'score_table', 'against_sft', 'gains',
+           'read_three_ways', 'ceilings', 'seen', 'over_seeds', 'rlvr_curve', 'sft_curve', 'efficiency_data',
+           'efficiency_figures', 'quoted_tables', 'sentence', 'in_words', 'percent', 'named', 'shown_scores',
+           'compared', 'not_run', 'report_efficiency', 'run_report']
 
 # %% ../../nbs/steerable/90_report.ipynb #85f4340e
-stage = Stage("report", reads=("steerable", "steerable.design", "steerable.grpo", "published.value_kaleidoscope", "published.opinionqa", "published.offensiveness", "arm.{registry}"), inputs=("prompts", "grpo", "answers"), report=True)
-
-# %% ../../nbs/steerable/90_report.ipynb #12b77538
-@dataclass(frozen=True)
-class Method:
-    "What one method answered to the test rows of a benchmark."
-
-    model: str  # "" for a rule that reads no text
-    arm: str
-    seed: int
-    predicted: list[str | None]
-    completions: list[str]  # empty for a rule
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    "Test rows of a benchmark, and everything that answered them."
-
-    name: str
-    questions: list[Question]
-    methods: list[Method]
-
-    @property
-    def gold(self) -> list[str]:
-        return [q.gold for q in self.questions]
-
-    @property
-    def right(self) -> list[str]:
-        "Texts of the gold options: what rows of one scenario are compared by."
-        return [q.gold_text for q in self.questions]
-
-    @property
-    def clusters(self) -> list[str]:
-        return [q.cluster for q in self.questions]
-
-    @property
-    def options(self) -> list[str]:
-        return [q.letters for q in self.questions]
-
-    @property
-    def labels(self) -> list[str]:
-        "Letters that are right somewhere; macro-F1 is over them."
-        return sorted(set(self.gold))
-
-    @property
-    def others(self) -> list[str]:
-        "Letters on offer that are right nowhere."
-        return sorted({x for o in self.options for x in o} - set(self.labels))
-
-    def texts(self, m: Method) -> list[str | None]:
-        "Answers as the texts of their options; None where there is no such option."
-        return [q.option_text(p) for q, p in zip(self.questions, m.predicted, strict=True)]
-
-    def find(self, model: str, arm: str, seed: int) -> Method | None:
-        "The method of these levels; None where it did not run."
-        return next((m for m in self.methods if (m.model, m.arm, m.seed) == (model, arm, seed)), None)
-
-# %% ../../nbs/steerable/90_report.ipynb #70d2b1ca
-def read_method(job: Job, folder: Path, order: list[str]) -> Method:
-    "Answers of one run, in the order of the questions."
-    answers = {a.prompt_id: a for a in read_records(folder / "answers.jsonl", Answer)}
-    lines = (folder / "completions.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    written = {row["id"]: row["completion"] for row in map(json.loads, lines) if row["sample"] == 0}
-    return Method(job.model, job.arm, int(job.seed.removeprefix("seed")), [answers[i].predicted for i in order], [written[i] for i in order])
-
-
-def rules_of(train: list[Question], test: list[Question]) -> list[Method]:
-    "What can be answered without reading."
-    golds, offered = [q.gold for q in train], "".join(sorted({x for q in test for x in q.letters}))
-    found = [constant(offered[0], len(test)), majority(golds, len(test)), modal([q.cluster for q in train], golds, [q.cluster for q in test])]
-    return [Method("", name, 0, list(rule.predicted), []) for name, rule in zip(("always A", "majority", "question-modal"), found, strict=True)]
-
-
-def read_benchmark(run: Run, name: str) -> Benchmark:
-    "Everything on one benchmark."
-    (folder,) = (folder for job, folder in earlier(run, "prompts") if job.dataset == name)
-    questions = read_records(folder / "questions.jsonl", Question)
-    test = [q for q in questions if q.split == "test"]
-    ran = [read_method(job, folder, [q.id for q in test]) for job, folder in earlier(run, "answers") if job.dataset == name]
-    return Benchmark(name, test, rules_of([q for q in questions if q.split == "train"], test) + ran)
-
+stage = Stage("report", reads=("steerable", "steerable.design", "steerable.grpo", "published.value_kaleidoscope", "published.opinionqa", "published.offensiveness", "arm.{registry}"), inputs=("prompts", "traces", "grpo", "answers"), report=True)
 
 # %% ../../nbs/steerable/90_report.ipynb #1e1dac24
 SAID = {"A": "support", "B": "oppose", "C": "either"}  # of Value Kaleidoscope's letters
@@ -302,7 +219,7 @@ def not_run(run: Run, dataset: str) -> list[str]:
     "Methods of the registry that are not in this design, and what of the paper is not built yet."
     design = run.settings["steerable.design"]
     arms = [a for n, a in run.settings.sections.items() if n.startswith("arm.") and a.study == "steerable" and a.name not in design.arms and (not a.datasets or dataset in a.datasets)]
-    return [a.label for a in arms] + [f"{name} (not built yet)" for name in ("Synthetic CoT's traces", "GPT-4.1 Zero-Shot CoT", "Modular Pluralism")]
+    return [a.label for a in arms] + [f"{name} (not built yet)" for name in ("GPT-4.1 Zero-Shot CoT", "Modular Pluralism")]
 
 # %% ../../nbs/steerable/90_report.ipynb #14b608d1
 def report_efficiency(run: Run, benchmarks: list[Benchmark]) -> dict[str, object]:
