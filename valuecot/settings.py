@@ -23,10 +23,10 @@ from .types import Arm
 # %% auto #0
 __all__ = ['records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Weights', 'Data', 'Design', 'Traces', 'TeacherModel',
            'SFT', 'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'ModelShape', 'Machine', 'BaseModel',
-           'Steerable', 'Sampling', 'SteerableTraces', 'Prompted', 'Pluralism', 'Probes', 'Faithfulness', 'Moderation',
-           'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast', 'published', 'read_file', 'notes', 'optional', 'put',
-           'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'check_teachers', 'for_arm', 'needed_alone',
-           'tell']
+           'Steerable', 'Sampling', 'SteerableTraces', 'Validated', 'Prompted', 'Pluralism', 'Probes', 'Faithfulness',
+           'Moderation', 'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast', 'published', 'read_file', 'notes',
+           'optional', 'put', 'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'check_teachers',
+           'for_arm', 'needed_alone', 'tell']
 
 # %% ../nbs/01_settings.ipynb #8ad55607
 def root(
@@ -364,6 +364,16 @@ class SteerableTraces:
             raise ValueError(f"steerable.traces.top_p = {self.top_p}: a share of the probability, above 0 and at most 1 (1 leaves it out)")
 
 
+# %% ../nbs/01_settings.ipynb #822bff0f
+@dataclass(frozen=True)
+class Validated:
+    "[steerable.validation]: how often a policy is asked validation rows while it learns."
+
+    points: int  # besides the one before the first update; 0: never
+    rows: int  # drawn once for all arms; 0: all
+    batch_size: int
+
+
 # %% ../nbs/01_settings.ipynb #6d1895c9
 @dataclass(frozen=True)
 class Prompted:
@@ -506,6 +516,7 @@ records = {
     "steerable.grpo": SteerableGRPO,
     "steerable.sampling": Sampling,
     "steerable.traces": SteerableTraces,
+    "steerable.validation": Validated,
     "steerable.prompted": Prompted,
     "steerable.pluralism": Pluralism,
     "steerable.probes": Probes,
@@ -544,7 +555,7 @@ def cast(
         raise ValueError(f"{where} = {text!r} is not {'a whole number' if kind is int else 'a number'}") from None
     if not 0 <= value < float("inf"):
         raise ValueError(f"{where} = {text!r} must be finite and not negative")
-    if kind is int and value == 0 and not where.endswith(("seed", "seeds", "top_k", "head_dim", "linear_heads", "per_minute", "max_prompt_length", "patience", "rows", "scenarios", "survey_questions")):
+    if kind is int and value == 0 and not where.endswith(("seed", "seeds", "top_k", "head_dim", "linear_heads", "per_minute", "max_prompt_length", "patience", "rows", "points", "scenarios", "survey_questions")):
         raise ValueError(f"{where} = 0 would leave nothing to do: it counts something, so at least 1")
     return value
 

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.questions import Question
+from ..data.splits import drawn
 from ..flow.run import earlier
 from ..judge import constant, majority, modal
-from ..store import digest, read_records
+from ..store import read_records
 from ..types import Answer, Run
 
 # %% auto #0
-__all__ = ['Method', 'Benchmark', 'read_method', 'answered', 'test_rows', 'rules_of', 'read_benchmark', 'drawn']
+__all__ = ['Method', 'Benchmark', 'read_method', 'answered', 'test_rows', 'rules_of', 'read_benchmark']
 
 # %% ../../nbs/steerable/40_methods.ipynb #16d00ce4
 @dataclass(frozen=True)
@@ -107,11 +108,3 @@ def read_benchmark(run: Run, name: str) -> Benchmark:
     "Everything on one benchmark."
     train, test = test_rows(run, name)
     return Benchmark(name, test, rules_of(train, test) + answered(run, name, [q.id for q in test]))
-
-# %% ../../nbs/steerable/40_methods.ipynb #f658836c
-def drawn(questions: list[Question], rows: int, seed: int) -> list[Question]:  # rows = 0: all
-    "The rows that are looked at, in their own order."
-    if not rows or rows >= len(questions):
-        return questions
-    kept = {q.id for q in sorted(questions, key=lambda q: digest([seed, q.id]))[:rows]}
-    return [q for q in questions if q.id in kept]
