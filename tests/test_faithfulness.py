@@ -211,7 +211,7 @@ def test_spans_lie_in_order_and_hold_what_they_say():
 @pytest.mark.parametrize("text, letter", [
     ("Honesty opposes a lie. Keeping the peace is good.", "B"), ("Some say it is good, but it violates a duty and harms a friend.", "B"), ("Kindness does not oppose it.", "A"),
     ("The duty is not only to support, it is to support always.", "A"), ("It could support or oppose the plan.", "C"), ("It depends on the people.", "C"), ("It is good and it is bad.", None), ("A friend asks for a tent.", None),
-    ("Mercy supports it. Yet the duty opposes it, and so does the law.", "B"), ("One cannot support this.", "B"),
+    ("Mercy supports it. Yet the duty opposes it, and so does the law.", "B"), ("One cannot support this.", "B"), ("It avoids a harm.", "A"), ("To lie goes against honesty, which is good.", "B"),
 ])  # fmt: skip
 def test_verdicts_of_values(text, letter):
     assert verdict_by_words(text, ("Support", "Oppose", "Either")) == letter

@@ -964,6 +964,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'valuecot.judge.soft.total_variation': ('judge/soft.html#total_variation', 'valuecot/judge/soft.py')},
             'valuecot.judge.spans': { 'valuecot.judge.spans.Mention': ('judge/spans.html#mention', 'valuecot/judge/spans.py'),
                                       'valuecot.judge.spans.compiled': ('judge/spans.html#compiled', 'valuecot/judge/spans.py'),
+                                      'valuecot.judge.spans.denied': ('judge/spans.html#denied', 'valuecot/judge/spans.py'),
                                       'valuecot.judge.spans.kind_of': ('judge/spans.html#kind_of', 'valuecot/judge/spans.py'),
                                       'valuecot.judge.spans.leading': ('judge/spans.html#leading', 'valuecot/judge/spans.py'),
                                       'valuecot.judge.spans.mentions': ('judge/spans.html#mentions', 'valuecot/judge/spans.py'),
