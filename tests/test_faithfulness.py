@@ -164,7 +164,7 @@ def test_hedges_are_by_the_word():
 
 ENDS = (
     "\n\nAnswer: {x}", "\nAnswer: {y}\nNo, that is wrong.\nAnswer: {x}", "\n**Answer:** ({x})", "\nanswer: {l}.", "\nAnswer:\n[{x}]", " Answer: {x}. {text}", "\nAnswer: Q", "\nAnswer: {x}\nAnswer: {x}",
-    " So the answer is {x}.\n\nAnswer: {x}", " I choose ({x}).\nAnswer: {x}", " So option {x} fits best, I think.\nAnswer: {x}", " It must be **{x}**.\nAnswer: {x}", "\n{x}\nAnswer: {x}", " Therefore pick option {l}.\nAnswer: {x}",
+    " So the answer is {x}.\n\nAnswer: {x}", " I choose ({x}).\nAnswer: {x}", " So option {x} fits best, I think.\nAnswer: {x}", " It must be **{x}**.\nAnswer: {x}", "\n{x}\nAnswer: {x}", " Therefore pick option {l}.\nAnswer: {x}", "\nAnswer: {x}\nThat is: {text}",
 )  # fmt: skip
 
 
@@ -178,7 +178,7 @@ def test_a_judge_sees_neither_perspective_nor_answer():
         text = text.replace("\n\nAnswer", "</think>\n\nAnswer") if text.startswith("<think>") else text
         shown = shown_to_judge(q, text)
         assert shown.named >= 1 and MASK in shown.reasoning and name.lower() not in shown.reasoning.lower(), text
-        assert parse_answer(shown.reasoning) is None and "nswer:" not in shown.reasoning and "think>" not in shown.reasoning, text
+        assert parse_answer(shown.reasoning) is None and "nswer:" not in shown.reasoning and "think>" not in shown.reasoning and "That is:" not in shown.reasoning, text
         assert not re.search(rf"(?<![\w'])[{x}{x.lower()}](?![\w'])", shown.reasoning.rpartition("otherwise")[2].replace("I think", "")), (text, shown.reasoning)
         assert "weighs this with care. Others may see it otherwise." in shown.reasoning, text
         (case,) = cases([q], [Method("m", "a", 0, [x], [text])], ["masked"])
