@@ -1334,6 +1334,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'valuecot.settings.Weights': ('settings.html#weights', 'valuecot/settings.py'),
                                    'valuecot.settings.cast': ('settings.html#cast', 'valuecot/settings.py'),
                                    'valuecot.settings.check_design': ('settings.html#check_design', 'valuecot/settings.py'),
+                                   'valuecot.settings.check_named': ('settings.html#check_named', 'valuecot/settings.py'),
                                    'valuecot.settings.check_teachers': ('settings.html#check_teachers', 'valuecot/settings.py'),
                                    'valuecot.settings.load': ('settings.html#load', 'valuecot/settings.py'),
                                    'valuecot.settings.nearest': ('settings.html#nearest', 'valuecot/settings.py'),
