@@ -25,7 +25,7 @@ __all__ = ['records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Weigh
            'SFT', 'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'ModelShape', 'Machine', 'BaseModel',
            'Steerable', 'Sampling', 'SteerableTraces', 'Prompted', 'Pluralism', 'Probes', 'Faithfulness', 'Moderation',
            'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast', 'published', 'read_file', 'notes', 'optional', 'put',
-           'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'check_teachers', 'check_named',
+           'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'check_teachers', 'check_named', 'for_arm',
            'needed_alone', 'tell']
 
 # %% ../nbs/01_settings.ipynb #8ad55607
@@ -684,6 +684,9 @@ def check_design(settings: Settings) -> None:
         for key, names in asdict(design).items():
             if not names or len(set(names)) < len(names):
                 raise ValueError(f"{study}.design.{key} = {', '.join(map(str, names)) or 'nothing'}: name each once, and at least one")
+        for arm in (settings[f"arm.{name}"] for name in arms):
+            for training in ("sft", "grpo"):
+                for_arm(settings, study, training, arm)
         for arm in (settings[f"arm.{name}"] for name in design.arms):
             if lacking := [m for m in design.models if arm.start and f"model.{m}-{arm.start}" not in settings.sections]:
                 raise ValueError(f"arm {arm.name} starts from [model.{lacking[0]}-{arm.start}], which settings.ini does not have: add it, or set arm.{arm.name}.start to another variant or to nothing")
@@ -710,6 +713,25 @@ def check_named(where: str, names: tuple[str, ...], kinds: tuple[str, ...], sett
             raise KeyError(f"{where}: {nearest(name, known, 'entry')}. For another teacher, add a section [teacher.{name}] with its provider and model to settings.ini")
     if len(set(names)) < len(names):
         raise ValueError(f"{where} = {', '.join(names)}: name each once")
+
+# %% ../nbs/01_settings.ipynb #bcce3acd
+def for_arm(
+    settings: Settings,
+    study: str,
+    training: str,  # "sft" or "grpo"
+    arm: Arm,
+) -> object:  # the record of that section
+    "Settings of a training, as an arm has them."
+    section = f"{study}.{training}"
+    record, changed = settings[section], {}
+    hints = get_type_hints(type(record))
+    for name, _, value in (change.partition("=") for change in arm.changes if change.startswith(f"{training}.")):
+        key = name.removeprefix(f"{training}.")
+        if key not in hints:
+            raise KeyError(f"arm {arm.name}: changes {name}, but {nearest(key, list(hints), f'key of [{section}]')}")
+        changed[key] = cast(value, hints[key], f"arm.{arm.name}.changes: {section}.{key}")
+    return replace(record, **changed)
+
 
 # %% ../nbs/01_settings.ipynb #9e74a3db
 def needed_alone(settings: Settings) -> Settings:

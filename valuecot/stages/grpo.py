@@ -14,6 +14,7 @@ from ..data.splits import share
 from ..data.views import read_prompts
 from ..flow.plan import Stage
 from ..flow.run import finish
+from ..settings import for_arm
 from ..store import write_records
 from ..training.arguments import completions_per_update
 from ..training.checkpoints import save_history, stored_parameters, training_key, workplace
@@ -28,7 +29,8 @@ stage = Stage("grpo", levels=("model", "dataset", "arm", "seed"), reads=("{study
 # %% ../../nbs/stages/40_grpo.ipynb #fb17a067
 def run_grpo(run: Run) -> Checkpoint:
     "Train one arm's policy against what the arm is rewarded for."
-    arm, settings, device = run.settings[f"arm.{run.arm}"], run.settings[f"{run.study}.grpo"].of(run.dataset), str(fix(run.seed))
+    arm, device = run.settings[f"arm.{run.arm}"], str(fix(run.seed))
+    settings = for_arm(run.settings, run.study, "grpo", arm).of(run.dataset)
     asked = read_prompts(run.folder("prompts"), arm.view)
     prompts = [{"prompt": p.text, "gold": p.gold} for p in share([p for p in asked if p.split in arm.grpo.split("+")], arm.fraction)]
     used = fitting(AutoConfig.from_pretrained(run.policy), AutoTokenizer.from_pretrained(run.policy), prompts, settings, arm.thinking)

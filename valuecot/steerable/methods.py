@@ -24,7 +24,7 @@ class Method:
     "What one method answered to the test rows of a benchmark."
 
     model: str  # that answered; "" for a rule that reads no text
-    arm: str  # "prompted" for a large model that was asked, "pluralism" for communities
+    arm: str  # "prompted" for a large model that was asked; "communities" or "personas" that commented
     seed: int
     predicted: list[str | None]
     completions: list[str]  # empty for a rule
@@ -85,8 +85,8 @@ def read_method(folder: Path, order: list[str], model: str, arm: str, seed: int 
 def answered(run: Run, dataset: str, order: list[str]) -> list[Method]:
     "Everybody who answered by a text."
     arms = [read_method(folder, order, job.model, job.arm, int(job.seed.removeprefix("seed"))) for job, folder in earlier(run, "answers") if job.dataset == dataset]
-    folders = [(name, file.parent) for name in ("prompted", "pluralism") for job, folder in earlier(run, name) if job.dataset == dataset for file in sorted(folder.glob("*/answers.jsonl"))]
-    return arms + [read_method(folder, order, folder.name, name) for name, folder in folders]
+    folders = [(job, file.parent) for name in ("prompted", "pluralism") for job, folder in earlier(run, name) if job.dataset == dataset for file in sorted(folder.glob("*/answers.jsonl"))]
+    return arms + [read_method(folder, order, *((folder.name, "prompted") if job.stage == "prompted" else (job.model, folder.name))) for job, folder in folders]
 
 
 def test_rows(run: Run, dataset: str) -> tuple[list[Question], list[Question]]:  # training rows, test rows
