@@ -25,7 +25,7 @@ from .asked import Desk, Ending, ask_twice, commonest
 from .desks import all_answered, backends, called, desk_of, ended, take_replies
 from .star_desks import VerdictsDesk
 from ..text import parse_answer
-from ..types import Answer, Shown
+from ..types import Answer, Shown, short
 
 # %% auto #0
 __all__ = ['ANSWERED_BY', 'InWords', 'prompted_models', 'prompted_desk', 'prompted_request', 'prompted_backend', 'Prompted',
@@ -108,7 +108,7 @@ def collected(name: str, questions: list[Question], endings: list[Ending]) -> Pr
 def unreadable(model: TeacherModel, request: Request, able: dict[str, Backend], cache: Cache, policy: Policy) -> str:  # "" where it is not that
     "Why a model on this machine cannot answer; told by one row, since every further one would try to read it again."
     tally = ask([request], able, cache, policy) if model.provider == "transformers" else Tally()
-    return "; ".join(f.reason for f in tally.failures if not f.lasting)
+    return "; ".join(short(f.reason, 200) for f in tally.failures if not f.lasting)
 
 
 def one_model(settings: Settings, name: str, questions: list[Question], cache: Cache, progress: bool = False) -> Prompted:
