@@ -193,6 +193,23 @@ rule answers:
     shell: CALL
 
 
+rule prompted:
+    input: needs("prompted")
+    output: made("prompted")
+    params: job=path_of("prompted")
+    log: log_of("prompted")
+    shell: CALL
+
+
+rule moderation:
+    input: needs("moderation")
+    output: made("moderation")
+    params: job=path_of("moderation")
+    log: log_of("moderation")
+    resources: gpu=CARDS
+    shell: CALL
+
+
 # ---- what a reader opens
 rule report:
     input: needs("report")

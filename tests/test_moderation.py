@@ -139,7 +139,7 @@ def test_kappa_is_scikit_learns(seed):
     b = [x if rng.random() < 0.7 else rng.random() < 0.5 for x in a]
     found = agreement(a, b, [i // 3 for i in range(60)])
     assert found["kappa"] == pytest.approx(cohen_kappa_score(a, b)) and found["kappa_low_95"] <= found["kappa"] <= found["kappa_high_95"]
-    assert (found["both"], found["first_only"], found["second_only"]) == (sum(x and y for x, y in zip(a, b)), sum(x and not y for x, y in zip(a, b)), sum(y and not x for x, y in zip(a, b)))
+    assert (found["both"], found["first_only"], found["second_only"]) == (sum(x and y for x, y in zip(a, b, strict=True)), sum(x and not y for x, y in zip(a, b, strict=True)), sum(y and not x for x, y in zip(a, b, strict=True)))
 
 
 def test_kappa_of_the_same_verdict_everywhere_is_unknown():
