@@ -15,7 +15,7 @@ from valuecot.flow.run import begin
 from valuecot.settings import load
 from valuecot.stages import grpo, sft
 from valuecot.store import read_json
-from valuecot.types import Run
+from valuecot.types import Run, Trace
 
 ROOT = Path(__file__).parents[1]
 ARMS = {name.split(".", 1)[1]: arm for name, arm in load("test").sections.items() if name.startswith("arm.") and arm.study == "geometry"}
@@ -59,7 +59,7 @@ def test_every_arm_trains(name, outputs, place, monkeypatch):
         assert plan.inputs(find_job(plan, "samples", "llama", name, 0))[-1].stage == "base_model", "an untouched model is sampled as it is"
 
 
-@pytest.mark.parametrize("name", ["rlvr-blind", "rlvr-format", "human-cot-weighted", "sft-10"])
+@pytest.mark.parametrize("name", ["rlvr-blind", "rlvr-format", "rlvr-strict", "human-cot-weighted", "human-cot-half", "sft-10", "sft-left-padded", "sft-half-cosine"])
 def test_steerable_arms_that_no_other_test_trains(name, outputs, tmp_path, monkeypatch):
     monkeypatch.setenv("VALUECOT_OUTPUTS", str(outputs))
     overrides = f"arm.{name}.start="
@@ -74,6 +74,39 @@ def test_steerable_arms_that_no_other_test_trains(name, outputs, tmp_path, monke
         assert counts["prompts"] == 64 and checkpoint.steps == 4
         values = [json.loads(line) for line in (run.out / "history.jsonl").read_text().splitlines()]
         assert {"reward", "kl"} <= {row["metric"] for row in values} and not any(row["metric"] == "format_rate" for row in values)
+
+
+def rates(run_out) -> list[float]:
+    return [row["value"] for row in map(json.loads, (run_out / "history.jsonl").read_text().splitlines()) if row["metric"] == "learning_rate"]
+
+
+def test_changes_of_an_arm_reach_its_training_and_no_other(outputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("VALUECOT_OUTPUTS", str(outputs))
+    monkeypatch.setattr("valuecot.flow.run.check_complete", lambda *named: None)
+    found = {}
+    for name in ("sft", "sft-half-cosine", "sft-compute"):
+        overrides = "arm.sft-compute.changes=sft.epochs=2"
+        run = begin(sft.stage, "test", model="llama", arm=name, seed=0, out=str(tmp_path / name), overrides=overrides, study="steerable", dataset="value_kaleidoscope")
+        sft.run_sft(run)
+        found[name] = rates(run.out)
+    assert len(found["sft-compute"]) == 2 * len(found["sft"]), "twice the epochs"
+    assert found["sft-half-cosine"][-1] > 2 * found["sft"][-1], "broken off half-way, a cosine ends high"
+
+
+@pytest.mark.parametrize("change, complaint", [
+    ("sft.masking=left", "masking"), ("sft.mask=completion", "mask"), ("epochs=3", "changes no setting of training"), ("sampling.samples=3", "changes no setting of training"),
+    ("sft.epochs=0", "at least 1"), ("grpo.minibatch_size=100", "no multiple"),
+])  # fmt: skip
+def test_a_change_that_cannot_be_made_is_refused_before_anything_runs(change, complaint):
+    with pytest.raises((KeyError, ValueError), match=complaint):
+        load("test", f"arm.sft-compute.changes={change}")
+
+
+def test_half_a_reasoning_is_half_its_words():
+    trace = Trace("0", "human", "rows", "", "", (), "", "One two three\nfour  five six.\n\nAnswer: B")
+    assert [sft.shortened(trace, part).response for part in (1.0, 0.5, 0.0)] == [trace.response, "One two three\n\nAnswer: B", "Answer: B"]
+    bare = Trace("0", "human", "rows", "", "", (), "", "Answer: B")
+    assert sft.shortened(bare, 0.5) == bare
 
 
 @pytest.mark.prove

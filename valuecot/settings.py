@@ -23,9 +23,10 @@ from .types import Arm
 # %% auto #0
 __all__ = ['records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Weights', 'Data', 'Design', 'Traces', 'TeacherModel',
            'SFT', 'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'ModelShape', 'Machine', 'BaseModel',
-           'Steerable', 'Sampling', 'SteerableTraces', 'Prompted', 'Pluralism', 'Probes', 'Faithfulness', 'Moderation',
-           'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast', 'published', 'read_file', 'notes', 'optional', 'put',
-           'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'check_teachers', 'needed_alone', 'tell']
+           'Steerable', 'Sampling', 'SteerableTraces', 'Validated', 'Prompted', 'Pluralism', 'Probes', 'Faithfulness',
+           'Moderation', 'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast', 'published', 'read_file', 'notes',
+           'optional', 'put', 'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'check_teachers',
+           'for_arm', 'needed_alone', 'tell']
 
 # %% ../nbs/01_settings.ipynb #8ad55607
 def root(
@@ -363,6 +364,16 @@ class SteerableTraces:
             raise ValueError(f"steerable.traces.top_p = {self.top_p}: a share of the probability, above 0 and at most 1 (1 leaves it out)")
 
 
+# %% ../nbs/01_settings.ipynb #822bff0f
+@dataclass(frozen=True)
+class Validated:
+    "[steerable.validation]: how often a policy is asked validation rows while it learns."
+
+    points: int  # besides the one before the first update; 0: never
+    rows: int  # drawn once for all arms; 0: all
+    batch_size: int
+
+
 # %% ../nbs/01_settings.ipynb #6d1895c9
 @dataclass(frozen=True)
 class Prompted:
@@ -505,6 +516,7 @@ records = {
     "steerable.grpo": SteerableGRPO,
     "steerable.sampling": Sampling,
     "steerable.traces": SteerableTraces,
+    "steerable.validation": Validated,
     "steerable.prompted": Prompted,
     "steerable.pluralism": Pluralism,
     "steerable.probes": Probes,
@@ -543,7 +555,7 @@ def cast(
         raise ValueError(f"{where} = {text!r} is not {'a whole number' if kind is int else 'a number'}") from None
     if not 0 <= value < float("inf"):
         raise ValueError(f"{where} = {text!r} must be finite and not negative")
-    if kind is int and value == 0 and not where.endswith(("seed", "seeds", "top_k", "head_dim", "linear_heads", "per_minute", "max_prompt_length", "patience", "rows", "scenarios", "survey_questions")):
+    if kind is int and value == 0 and not where.endswith(("seed", "seeds", "top_k", "head_dim", "linear_heads", "per_minute", "max_prompt_length", "patience", "rows", "points", "scenarios", "survey_questions")):
         raise ValueError(f"{where} = 0 would leave nothing to do: it counts something, so at least 1")
     return value
 
@@ -683,6 +695,9 @@ def check_design(settings: Settings) -> None:
         for key, names in asdict(design).items():
             if not names or len(set(names)) < len(names):
                 raise ValueError(f"{study}.design.{key} = {', '.join(map(str, names)) or 'nothing'}: name each once, and at least one")
+        for arm in (settings[f"arm.{name}"] for name in arms):
+            for training in ("sft", "grpo"):
+                for_arm(settings, study, training, arm)
         for arm in (settings[f"arm.{name}"] for name in design.arms):
             if lacking := [m for m in design.models if arm.start and f"model.{m}-{arm.start}" not in settings.sections]:
                 raise ValueError(f"arm {arm.name} starts from [model.{lacking[0]}-{arm.start}], which settings.ini does not have: add it, or set arm.{arm.name}.start to another variant or to nothing")
@@ -697,6 +712,25 @@ def check_teachers(where: str, taught: tuple[str, ...], settings: Settings) -> N
             raise KeyError(f"{where}: {nearest(name, known, 'teacher')}. For another one, add a section [teacher.{name}] with its provider and model to settings.ini")
     if not taught or len(set(taught)) < len(taught):
         raise ValueError(f"{where} = {', '.join(taught) or 'nobody'}: name each once, and at least one")
+
+# %% ../nbs/01_settings.ipynb #bcce3acd
+def for_arm(
+    settings: Settings,
+    study: str,
+    training: str,  # "sft" or "grpo"
+    arm: Arm,
+) -> object:  # the record of that section
+    "Settings of a training, as an arm has them."
+    section = f"{study}.{training}"
+    record, changed = settings[section], {}
+    hints = get_type_hints(type(record))
+    for name, _, value in (change.partition("=") for change in arm.changes if change.startswith(f"{training}.")):
+        key = name.removeprefix(f"{training}.")
+        if key not in hints:
+            raise KeyError(f"arm {arm.name}: changes {name}, but {nearest(key, list(hints), f'key of [{section}]')}")
+        changed[key] = cast(value, hints[key], f"arm.{arm.name}.changes: {section}.{key}")
+    return replace(record, **changed)
+
 
 # %% ../nbs/01_settings.ipynb #9e74a3db
 def needed_alone(settings: Settings) -> Settings:

@@ -5,6 +5,7 @@
 # %% ../nbs/00_types.ipynb #278e10dc
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -90,6 +91,8 @@ class Arm(Shown):
     view: str = ""  # wording of the prompts that it sees; "" for the study's own
     start: str = ""  # variant of the model that it starts from, as "instruct": section [model.<name>-instruct]; "" for the model itself
     datasets: tuple[str, ...] = ()  # that it exists for; () for all
+    reasoning: float = 1.0  # share of each reasoning's words, from its beginning, that fine-tuning shows
+    changes: tuple[str, ...] = ()  # of its study's settings of training, as "sft.masking=left-padded"
 
     def __post_init__(self):
         for name in ("sft", "target"):
@@ -101,6 +104,10 @@ class Arm(Shown):
             raise ValueError(f"arm {self.name}: part = reasoning, but thinking = no: its text holds no reasoning, take response")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"arm {self.name}: fraction = {self.fraction} is no share of the prompts: more than 0, at most 1")
+        if not 0 <= self.reasoning <= 1:
+            raise ValueError(f"arm {self.name}: reasoning = {self.reasoning} is no share of a reasoning's words: from 0 to 1")
+        if wrong := [c for c in self.changes if not re.fullmatch(r"(sft|grpo)\.\w+=.+", c)]:
+            raise ValueError(f"arm {self.name}: changes = {wrong[0]!r} changes no setting of training: write it as sft.epochs=3 or grpo.kl_coef=0")
         if self.reward == "format" and not self.thinking:
             raise ValueError(f"arm {self.name}: reward = format, but thinking = no: there is no form to reward")
 

@@ -32,6 +32,7 @@ class Stage:
     inputs: tuple[str, ...] = ()  # stages needed first; "sft|base_model" takes the first that this arm has, "reward_model@judge" is for arms that are rewarded so, "base_model:section.key" one for each model.<name> in that setting
     only: str = ""  # field of Arm: arms where it is empty skip the stage
     same: tuple[str, ...] = ()  # fields of Arm: arms that agree in all of them share one run, under the name of the first in settings.ini
+    like: str = ""  # arm whose start a stage takes that has no arms
     when: str = ""  # a list among the settings, as section.key: where it is empty there is no such stage
     report: bool = False  # collects everything: its folder has no levels, and figures are its product
     notebook: Path = Path()  # filled in by `stages`
@@ -185,7 +186,8 @@ class Plan(Study):
 
     def inputs(self, job: Job) -> list[Job]:
         "Jobs that must be complete before `job`."
-        start = self.settings[f"arm.{job.arm}"].start if job.arm != "all" else ""
+        arm = self.stages[job.stage].like if job.arm == "all" else job.arm
+        start = self.settings[f"arm.{arm}"].start if arm else ""
         found = []
         for stage in self.needs(job):
             variant = f"{job.model}-{start}" if start and stage.levels == ("model",) else job.model

@@ -21,7 +21,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from ..curvature.planner import Live, unseen_masks
 from ..flow.plan import Job, Plan
-from ..settings import GRPO, SFT, Machine, Settings
+from ..settings import GRPO, SFT, Machine, Settings, for_arm
 from .judge import BATCH
 from .arguments import accumulation, completions_per_update, grpo_updates, updates_of_a_rollout
 from ..types import Shown
@@ -347,6 +347,10 @@ class Given(Shown):
         "Cost of a training."
         return Cost(updates, tokens, memory, seconds, disk(model, updates, every), model.weights)
 
+    def training(self, arm: str, name: str) -> SFT | GRPO:
+        "Settings of the arm's training `name`."
+        return for_arm(self.settings, "geometry", name, self.settings[f"arm.{arm}"])
+
     def prompts(self, arm: str, splits: str) -> int:
         "Training prompts of an arm."
         data = self.settings["geometry"]
@@ -384,7 +388,7 @@ def reward_model_cost(given: Given, model: str, arm: str) -> Cost:
 
 def sft_cost(given: Given, model: str, arm: str) -> Cost:
     "Supervised fine-tuning."
-    settings, texts, policy = given.settings["geometry.sft"], given.texts, given.policies[model]
+    settings, texts, policy = given.training(arm, "sft"), given.texts, given.policies[model]
     rows, length = given.prompts(arm, "sft"), texts.prompt + texts.completion
     tokens = settings.epochs * rows * length
     together = given.settings["machine"]
@@ -408,7 +412,7 @@ def rollout_seconds(given: Given, policy: Shape, judge: Shape | None, settings: 
 
 def grpo_cost(given: Given, model: str, arm: str) -> Cost:
     "Reinforcement learning, all completions at full length."
-    settings, policy, judge = given.settings["geometry.grpo"], given.policies[model], judge_shape(given, arm)
+    settings, policy, judge = given.training(arm, "grpo"), given.policies[model], judge_shape(given, arm)
     updates = grpo_updates(given.prompts(arm, given.settings[f"arm.{arm}"].grpo), settings)
     length, batch = given.texts.prompt + settings.max_completion_length, completions_per_update(settings)
     tokens, rollouts = updates * batch * length, updates // updates_of_a_rollout(settings)
