@@ -15,6 +15,7 @@ from .methods import Benchmark, read_benchmark
 from .quoted import quoted_tables
 from .scores import confusion_table, score_table, scored
 from .shown import accuracy_figure
+from .soft import distance_table, margin_table, soft_table
 from ..types import Run
 from ..view.gather import save_figures, write_table
 
@@ -26,7 +27,8 @@ def report_tables(run: Run, b: Benchmark) -> dict[str, object]:  # name without 
     "Scores, confusions, comparisons, gains and readings of one benchmark."
     scores, families = scored(b), {family: compared(b, family) for family in FAMILIES}
     found = {"scores": score_table(b, scores, run.settings[f"published.{b.name}"]), "confusions": confusion_table(b, scores)}
-    found |= {f"against_{family}": table for family, table in families.items() if len(table)}
+    soft = {"soft": soft_table(b), "margins": margin_table(b), "distances": distance_table(run, b)}
+    found |= {name: table for name, table in ({f"against_{family}": table for family, table in families.items()} | soft).items() if len(table)}
     return found | {"gains": gains(b, families["blind"]), "readings": read_three_ways(b)}
 
 
