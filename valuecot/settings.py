@@ -345,6 +345,13 @@ class Sampling:
     samples: int  # of each row
     batch_size: int
     max_completion_length: int
+    engine: Literal["transformers", "vllm"] = "transformers"  # who generates
+    stop: tuple[str, ...] = ()  # texts that end a completion and are no part of it; () for none
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        "The same, with a line end for each \\n."
+        return tuple(text.replace("\\n", "\n") for text in self.stop)
 
 # %% ../nbs/01_settings.ipynb #f3d4256b
 @dataclass(frozen=True)
