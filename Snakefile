@@ -193,6 +193,50 @@ rule answers:
     shell: CALL
 
 
+rule prompted:
+    input: needs("prompted")
+    output: made("prompted")
+    params: job=path_of("prompted")
+    log: log_of("prompted")
+    shell: CALL
+
+
+rule pluralism:
+    input: needs("pluralism")
+    output: made("pluralism")
+    params: job=path_of("pluralism")
+    log: log_of("pluralism")
+    resources: gpu=CARDS
+    shell: CALL
+
+
+rule probes:
+    input: needs("probes")
+    output: made("probes")
+    params: job=path_of("probes")
+    log: log_of("probes")
+    resources: gpu=CARDS
+    shell: CALL
+
+
+rule faithfulness:
+    input: needs("faithfulness")
+    output: made("faithfulness")
+    params: job=path_of("faithfulness")
+    log: log_of("faithfulness")
+    resources: gpu=CARDS
+    shell: CALL
+
+
+rule moderation:
+    input: needs("moderation")
+    output: made("moderation")
+    params: job=path_of("moderation")
+    log: log_of("moderation")
+    resources: gpu=CARDS
+    shell: CALL
+
+
 # ---- what a reader opens
 rule report:
     input: needs("report")

@@ -18,7 +18,10 @@ from valuecot.flow.plan import Job, Plan, split_cell
 from valuecot.judge import readings
 from valuecot.settings import load
 from valuecot.steerable.answers import told
-from valuecot.steerable.report import Benchmark, Method, against_sft, gains, rules_of, score_row
+from valuecot.steerable.comparisons import compared
+from valuecot.steerable.gains import gains
+from valuecot.steerable.methods import Benchmark, Method, rules_of
+from valuecot.steerable.scores import score_row, scored
 from valuecot.text import parse_answer
 from valuecot.training.models import load_model
 from valuecot.training.sampling import Drawing, draw_all
@@ -98,24 +101,29 @@ def bench(world: list[Question], seen: bool) -> Benchmark:
     return Benchmark("value_kaleidoscope", test, [Method("llama", "sft", 0, wise, []), Method("llama", "sft-blind", 0, list(modal.predicted), []), Method("llama", "rlvr", 0, wise, [])])
 
 
+def gains_of(b: Benchmark):
+    "Gain and flips of the method that is first."
+    return gains(b, compared(b, "blind")).iloc[0]
+
+
 def test_a_planted_effect_of_the_perspective_is_found_and_a_null_is_not():
     planted, null = (bench(value_world(120, decided_by=by), True) for by in ("perspective", "scenario"))
-    found, none = gains(planted).iloc[0], gains(null).iloc[0]
+    found, none = gains_of(planted), gains_of(null)
     assert found["gain low"] > 0.1 and found["flip accuracy"] == 1
     assert none["gain"] == 0 and none["pairs"] == 0, "in the null world no two perspectives differ"
-    blind = gains(bench(value_world(120), False)).iloc[0]
+    blind = gains_of(bench(value_world(120), False))
     assert blind["gain"] == 0 and blind["flip accuracy"] == 0
 
 
 def test_methods_that_answer_alike_do_not_differ():
-    table = against_sft(bench(value_world(60), True)).set_index("arm")
+    table = compared(bench(value_world(60), True), "sft").set_index("arm")
     assert table.loc["rlvr", "p by scenario"] == 1 and table.loc["rlvr", "difference"] == 0
     assert table.loc["sft-blind", "p by scenario, Holm"] < 0.01
 
 
 def test_a_row_of_the_paper_stands_beside_the_family_that_stands_in_for_it():
     b = bench(value_world(60), True)
-    row = score_row(b, b.methods[0], load("tiny")["published.value_kaleidoscope"])
+    row = score_row(b, b.methods[0], scored(b)[0], load("tiny")["published.value_kaleidoscope"])
     assert row["paper accuracy (%)"] == 77.1 and row["accuracy"] == 1 and row["accuracy low"] == 1 and row["binary n"] < row["n"]
 
 

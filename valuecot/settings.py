@@ -23,10 +23,10 @@ from .types import Arm
 # %% auto #0
 __all__ = ['records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Weights', 'Data', 'Design', 'Traces', 'TeacherModel',
            'SFT', 'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'ModelShape', 'Machine', 'BaseModel',
-           'Steerable', 'Sampling', 'SteerableTraces', 'Prompted', 'Pluralism', 'Probes', 'Faithfulness', 'Moderation',
-           'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast', 'published', 'read_file', 'notes', 'optional', 'put',
-           'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'check_teachers', 'for_arm', 'needed_alone',
-           'tell']
+           'Steerable', 'Sampling', 'SteerableTraces', 'Validated', 'Prompted', 'Pluralism', 'Probes', 'Faithfulness',
+           'Moderation', 'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast', 'published', 'read_file', 'notes',
+           'optional', 'put', 'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'check_teachers',
+           'check_named', 'for_arm', 'needed_alone', 'tell']
 
 # %% ../nbs/01_settings.ipynb #8ad55607
 def root(
@@ -371,6 +371,16 @@ class SteerableTraces:
             raise ValueError(f"steerable.traces.top_p = {self.top_p}: a share of the probability, above 0 and at most 1 (1 leaves it out)")
 
 
+# %% ../nbs/01_settings.ipynb #822bff0f
+@dataclass(frozen=True)
+class Validated:
+    "[steerable.validation]: how often a policy is asked validation rows while it learns."
+
+    points: int  # besides the one before the first update; 0: never
+    rows: int  # drawn once for all arms; 0: all
+    batch_size: int
+
+
 # %% ../nbs/01_settings.ipynb #6d1895c9
 @dataclass(frozen=True)
 class Prompted:
@@ -415,7 +425,7 @@ class Faithfulness:
 class Moderation:
     "[steerable.moderation]: who looks for offence in the reasonings."
 
-    by: tuple[str, ...]  # "omni-moderation" of OpenAI, "classifier" a model on this machine, "words" by rule; () for none
+    by: tuple[Literal["omni-moderation", "classifier", "words"], ...]  # OpenAI's, a model on this machine, a rule; () for none
     rows: int
     seed: int
     model: str  # of "omni-moderation", as the provider calls it
@@ -513,6 +523,7 @@ records = {
     "steerable.grpo": SteerableGRPO,
     "steerable.sampling": Sampling,
     "steerable.traces": SteerableTraces,
+    "steerable.validation": Validated,
     "steerable.prompted": Prompted,
     "steerable.pluralism": Pluralism,
     "steerable.probes": Probes,
@@ -551,7 +562,7 @@ def cast(
         raise ValueError(f"{where} = {text!r} is not {'a whole number' if kind is int else 'a number'}") from None
     if not 0 <= value < float("inf"):
         raise ValueError(f"{where} = {text!r} must be finite and not negative")
-    if kind is int and value == 0 and not where.endswith(("seed", "seeds", "top_k", "head_dim", "linear_heads", "per_minute", "max_prompt_length", "patience", "rows", "scenarios", "survey_questions")):
+    if kind is int and value == 0 and not where.endswith(("seed", "seeds", "top_k", "head_dim", "linear_heads", "per_minute", "max_prompt_length", "patience", "rows", "points", "scenarios", "survey_questions")):
         raise ValueError(f"{where} = 0 would leave nothing to do: it counts something, so at least 1")
     return value
 
@@ -698,6 +709,8 @@ def check_design(settings: Settings) -> None:
             if lacking := [m for m in design.models if arm.start and f"model.{m}-{arm.start}" not in settings.sections]:
                 raise ValueError(f"arm {arm.name} starts from [model.{lacking[0]}-{arm.start}], which settings.ini does not have: add it, or set arm.{arm.name}.start to another variant or to nothing")
         check_teachers(f"{study}.traces.teachers", settings[f"{study}.traces"].teachers, settings)
+    check_named("steerable.prompted.models", settings["steerable.prompted"].models, ("teacher",), settings)
+    check_named("steerable.faithfulness.judges", settings["steerable.faithfulness"].judges, ("teacher", "model", "words"), settings)
 
 
 def check_teachers(where: str, taught: tuple[str, ...], settings: Settings) -> None:
@@ -708,6 +721,16 @@ def check_teachers(where: str, taught: tuple[str, ...], settings: Settings) -> N
             raise KeyError(f"{where}: {nearest(name, known, 'teacher')}. For another one, add a section [teacher.{name}] with its provider and model to settings.ini")
     if not taught or len(set(taught)) < len(taught):
         raise ValueError(f"{where} = {', '.join(taught) or 'nobody'}: name each once, and at least one")
+
+
+def check_named(where: str, names: tuple[str, ...], kinds: tuple[str, ...], settings: Settings) -> None:
+    "Refuse what a list names and no section describes, or names twice; `kinds`: teachers by their bare name, models as model.<name>, or another word that is allowed."
+    known = [s.removeprefix("teacher.") for s in settings.sections if s.split(".")[0] in kinds] + [k for k in kinds if k not in ("teacher", "model")]
+    for name in names:
+        if name not in known:
+            raise KeyError(f"{where}: {nearest(name, known, 'entry')}. For another teacher, add a section [teacher.{name}] with its provider and model to settings.ini")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{where} = {', '.join(names)}: name each once")
 
 # %% ../nbs/01_settings.ipynb #bcce3acd
 def for_arm(

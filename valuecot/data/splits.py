@@ -13,7 +13,7 @@ from ..store import digest
 from ..types import Prompt
 
 # %% auto #0
-__all__ = ['allocate', 'stratum', 'deal', 'check_sizes', 'split_prompts', 'share', 'traced', 'counts']
+__all__ = ['allocate', 'stratum', 'deal', 'check_sizes', 'split_prompts', 'share', 'drawn', 'traced', 'counts']
 
 # %% ../../nbs/data/22_splits.ipynb #c1cc07c3
 def allocate(
@@ -107,6 +107,15 @@ def share(prompts: list[Prompt], fraction: float) -> list[Prompt]:  # in their o
     ranked = sorted(prompts, key=lambda p: digest(f"share {p.id}"))
     chosen = {p.id for p in ranked[: max(1, round(fraction * len(ranked)))]}
     return [p for p in prompts if p.id in chosen]
+
+# %% ../../nbs/data/22_splits.ipynb #8e7f6f51
+def drawn(rows: list, n: int, seed: int) -> list:  # of whatever has an id; n = 0: all
+    "The rows that are looked at, in their own order."
+    if not n or n >= len(rows):
+        return rows
+    kept = {row.id for row in sorted(rows, key=lambda row: digest([seed, row.id]))[:n]}
+    return [row for row in rows if row.id in kept]
+
 
 # %% ../../nbs/data/22_splits.ipynb #221de01f
 def traced(prompts: list[Prompt]) -> list[Prompt]:

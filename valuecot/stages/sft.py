@@ -18,10 +18,11 @@ from ..teacher.styles import ASKED
 from ..training.checkpoints import save_history, stored_parameters, training_key, workplace
 from ..training.launch import Work, train
 from ..training.models import conversation, fix
+from ..training.validation import validation_of
 from ..types import Arm, Checkpoint, Prompt, Run, Trace
 
 # %% ../../nbs/stages/20_sft.ipynb #dbf31b07
-stage = Stage("sft", levels=("model", "dataset", "arm", "seed"), reads=("{study}.sft", "arm.{arm}", "machine"), inputs=("prompts", "traces", "base_model"), only="sft", same=("sft", "thinking", "fraction", "answer_weight", "view", "start", "reasoning", "changes"))
+stage = Stage("sft", levels=("model", "dataset", "arm", "seed"), reads=("{study}.sft", "arm.{arm}", "machine", "{study}.validation?", "{study}.sampling?"), inputs=("prompts", "traces", "base_model"), only="sft", same=("sft", "thinking", "fraction", "answer_weight", "view", "start", "reasoning", "changes"))
 
 # %% ../../nbs/stages/20_sft.ipynb #9b14d3a6
 def first_words(text: str, part: float) -> str:
@@ -59,7 +60,7 @@ def run_sft(run: Run) -> Checkpoint:
     settings = for_arm(run.settings, run.study, "sft", arm).of(run.dataset)
     prompts, traces = read_traces(run.folder("prompts"), run.folder("traces"), arm.view)
     rows, lacking = sft_rows(prompts, traces, arm)
-    work = Work("sft", run.policy, run.out / "model", workplace(run), rows, asdict(settings), arm.thinking, run.seed, training_key(run), arm.answer_weight, machine=run.settings["machine"])
+    work = Work("sft", run.policy, run.out / "model", workplace(run), rows, asdict(settings), arm.thinking, run.seed, training_key(run), arm.answer_weight, machine=run.settings["machine"], validation=validation_of(run, arm))
     steps = save_history(train(work), run.out / "history.jsonl")
     finish(run, {"rows": len(rows), "prompts without a trace": lacking, "style": arm.sft, "steps": steps}, device, "torch.float32")
     return Checkpoint(run.out / "model", "sft", run.model, run.arm, run.seed, stored_parameters(run.out / "model"), steps)

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.questions import Question
+from ..data.splits import drawn
 from ..flow.run import earlier
 from ..judge import constant, majority, modal
-from ..store import digest, read_records
+from ..store import read_records
 from ..types import Answer, Run
 
 # %% auto #0
-__all__ = ['Method', 'Benchmark', 'read_method', 'answered', 'test_rows', 'rules_of', 'read_benchmark', 'drawn']
+__all__ = ['Method', 'Benchmark', 'read_method', 'answered', 'test_rows', 'rules_of', 'read_benchmark']
 
 # %% ../../nbs/steerable/40_methods.ipynb #16d00ce4
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Method:
     "What one method answered to the test rows of a benchmark."
 
     model: str  # that answered; "" for a rule that reads no text
-    arm: str  # "prompted" for a large model that was asked, "pluralism" for communities
+    arm: str  # "prompted" for a large model that was asked; "communities" or "personas" that commented
     seed: int
     predicted: list[str | None]
     completions: list[str]  # empty for a rule
@@ -85,8 +86,8 @@ def read_method(folder: Path, order: list[str], model: str, arm: str, seed: int 
 def answered(run: Run, dataset: str, order: list[str]) -> list[Method]:
     "Everybody who answered by a text."
     arms = [read_method(folder, order, job.model, job.arm, int(job.seed.removeprefix("seed"))) for job, folder in earlier(run, "answers") if job.dataset == dataset]
-    folders = [(name, file.parent) for name in ("prompted", "pluralism") for job, folder in earlier(run, name) if job.dataset == dataset for file in sorted(folder.glob("*/answers.jsonl"))]
-    return arms + [read_method(folder, order, folder.name, name) for name, folder in folders]
+    folders = [(job, file.parent) for name in ("prompted", "pluralism") for job, folder in earlier(run, name) if job.dataset == dataset for file in sorted(folder.glob("*/answers.jsonl"))]
+    return arms + [read_method(folder, order, *((folder.name, "prompted") if job.stage == "prompted" else (job.model, folder.name))) for job, folder in folders]
 
 
 def test_rows(run: Run, dataset: str) -> tuple[list[Question], list[Question]]:  # training rows, test rows
@@ -107,11 +108,3 @@ def read_benchmark(run: Run, name: str) -> Benchmark:
     "Everything on one benchmark."
     train, test = test_rows(run, name)
     return Benchmark(name, test, rules_of(train, test) + answered(run, name, [q.id for q in test]))
-
-# %% ../../nbs/steerable/40_methods.ipynb #f658836c
-def drawn(questions: list[Question], rows: int, seed: int) -> list[Question]:  # rows = 0: all
-    "The rows that are looked at, in their own order."
-    if not rows or rows >= len(questions):
-        return questions
-    kept = {q.id for q in sorted(questions, key=lambda q: digest([seed, q.id]))[:rows]}
-    return [q for q in questions if q.id in kept]

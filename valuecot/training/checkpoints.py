@@ -127,6 +127,7 @@ NAMES = {
     "loss": "loss", "mean_token_accuracy": "token_accuracy", "entropy": "entropy", "grad_norm": "gradient_norm", "learning_rate": "learning_rate", "accuracy": "accuracy",
     "reward": "reward", "reward_std": "reward_std", "reward_full": "reward_full", "reward_response": "reward_response", "answer_strict": "answer_strict", "answer_lenient": "answer_lenient", "kl": "kl", "format_rate": "format_rate", "not_scored": "not_scored",
     "completions/mean_length": "completion_length", "completions/clipped_ratio": "truncated", "frac_reward_zero_std": "groups_of_one_reward",
+    "validation_accuracy": "validation_accuracy", "validation_read": "validation_read",
 }  # fmt: skip
 
 

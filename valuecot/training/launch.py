@@ -24,6 +24,7 @@ from .grpo import Reward, any_letter_reward, format_reward, grpo_trainer, judge_
 from .judge import ScalarReward
 from .models import check_weights, fix, load_model, opens_thinking, save_model
 from .sft import sft_trainer
+from .validation import Validate, Validation
 from ..types import Shown
 
 # %% auto #0
@@ -48,13 +49,15 @@ class Work(Shown):
     judge: Path | None = None
     scope: Literal["response", "full"] = "response"
     machine: Machine = field(default_factory=Machine)
+    validation: Validation | None = None  # rows that it is asked while it learns
 
 
 def read_work(path: Path) -> Work:
     "Undo `write_json`."
     row = read_json(path)
     paths = {name: row[name] and Path(row[name]) for name in ("model", "save", "place", "judge")}
-    return Work(**row | paths | {"machine": Machine(**row["machine"])})
+    asked = row.get("validation") and Validation(**row["validation"] | {name: tuple(row["validation"][name]) for name in ("prompts", "golds")})
+    return Work(**row | paths | {"machine": Machine(**row["machine"]), "validation": asked})
 
 # %% ../../nbs/training/57_launch.ipynb #1140ae14
 def reward_of(work: Work, tokenizer, device: str) -> Reward:
@@ -92,6 +95,8 @@ def save_together(trainer, folder: Path) -> None:
 def do(work: Work) -> list[dict]:  # history
     "A training in this process, as one of `machine.processes`."
     machine = work.machine
+    if work.validation and machine.sharding == "fsdp2":
+        raise ValueError("validation while learning needs the whole model in one process, and machine.sharding = fsdp2 parts it: set steerable.validation.points=0")
     device = my_device(work.seed, machine)
     model, tokenizer = load_model(work.model, "cpu" if machine.sharding == "fsdp2" else device)
     common = dict(seed=work.seed, out=work.place, device=device.split(":")[0], key=work.key, machine=machine)
@@ -99,6 +104,8 @@ def do(work: Work) -> list[dict]:  # history
         trainer = sft_trainer(model, tokenizer, work.rows, SFT(**work.settings), answer_weight=work.answer_weight, **common)
     else:
         trainer = grpo_trainer(model, tokenizer, work.rows, reward_of(work, tokenizer, device), GRPO(**work.settings), work.thinking, **common)
+    if work.validation:
+        trainer.add_callback(Validate(work.validation, tokenizer, work.thinking))
     if (found := trainer.accelerator.num_processes) != machine.processes:
         raise RuntimeError(f"{machine.processes} processes were asked for, {found} run")
     log = fit(trainer)
