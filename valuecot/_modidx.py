@@ -746,6 +746,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'valuecot.flow.plan.Study.runs': ('flow/plan.html#study.runs', 'valuecot/flow/plan.py'),
                                     'valuecot.flow.plan.Study.shared': ('flow/plan.html#study.shared', 'valuecot/flow/plan.py'),
                                     'valuecot.flow.plan.Study.stages': ('flow/plan.html#study.stages', 'valuecot/flow/plan.py'),
+                                    'valuecot.flow.plan.absent': ('flow/plan.html#absent', 'valuecot/flow/plan.py'),
                                     'valuecot.flow.plan.companion_key': ('flow/plan.html#companion_key', 'valuecot/flow/plan.py'),
                                     'valuecot.flow.plan.companion_stale': ('flow/plan.html#companion_stale', 'valuecot/flow/plan.py'),
                                     'valuecot.flow.plan.declaration': ('flow/plan.html#declaration', 'valuecot/flow/plan.py'),
