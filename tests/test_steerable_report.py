@@ -3,6 +3,8 @@
 import html
 import json
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 
 import pandas as pd
@@ -12,7 +14,7 @@ from valuecot.data.perspectives import survey_world, value_world
 from valuecot.settings import load
 from valuecot.steerable.comparisons import FAMILIES, compared, met
 from valuecot.steerable.gains import ceilings
-from valuecot.steerable.judged import left, shown_faithful
+from valuecot.steerable.judged import left, shown_faithful, silent
 from valuecot.steerable.methods import Benchmark, Method, rules_of
 from valuecot.steerable.names import absent, in_order, named, paper_row
 from valuecot.steerable.pages import answer_pages
@@ -228,5 +230,35 @@ def test_tables_3_and_4_stand_beside_the_paper_s(tmp_path):
     (folder / "faithfulness.csv").write_text("dataset,judge,version,model,arm,seed,rows,judged,invalid,faithful,faithful_low_95,faithful_high_95,not_run\nopinionqa,words,masked,llama,rlvr,0,60,58,2,0.5,0.4,0.6,\nopinionqa,claude,,,,,,,,,,,no key\n")
     run = Run("report", "steerable", "tiny", "all", "all", "all", tmp_path, TINY, {"faithfulness/all-opinionqa/all/all": folder}, "", "all")
     table = shown_faithful(TINY, left(run, "faithfulness", "faithfulness"))
-    assert table["paper"].tolist()[0] == "70.3" and table["method"].tolist()[0] == "RLVR · llama" and table["note"].tolist() == ["", "not run: no key"] and table["faithful (95 %)"].tolist()[0] == "50.0 (40.0 to 60.0)"
+    assert table["paper"].tolist() == ["70.3"] and table["method"].tolist()[0] == "RLVR · llama" and silent(left(run, "faithfulness", "faithfulness")) == "claude (no key)" and table["faithful (95 %)"].tolist()[0] == "50.0 (40.0 to 60.0)"
     assert left(run, "moderation", "flags").empty and left(run, "faithfulness", "nothing").empty
+
+
+READER = """
+const box = document.querySelector(".vc-browser"), told = [], search = box.querySelector(".vc-search"), lists = Object.fromEntries([...box.querySelectorAll("select")].map(s => [s.name, s]));
+const note = () => told.push([".vc-title", "output"].map(s => box.querySelector(s).textContent).join("|"));
+const wait = setInterval(() => {
+  if (!box.querySelector("output").textContent) return;
+  clearInterval(wait);
+  search.value = "harmless word"; search.dispatchEvent(new Event("input")); note();
+  search.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight", bubbles: true})); note();
+  box.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight"})); note();
+  lists["outcome"].value = "unread"; lists["outcome"].dispatchEvent(new Event("change")); note();
+  search.value = "harmless absent"; search.dispatchEvent(new Event("input")); note();
+  document.body.textContent = "TOLD" + JSON.stringify(told) + "RAN" + (window.ran || "nothing") + "END";
+}, 20);
+"""
+
+
+def test_a_reader_searches_and_filters_from_a_file_and_no_text_runs(tmp_path):
+    if not shutil.which("chromium"):
+        pytest.skip("chromium is not installed")
+    b = values(2)
+    texts = [f"{'A harmless' if i < 3 else 'Another'} word <script>window.ran = 1</script><img src=x onerror='window.ran = 2'>" for i in range(len(b.gold))]
+    b = replace(b, methods=[Method("llama", "rlvr", 0, [None, "Z", *b.gold[2:]], texts)])
+    page = tmp_path / "page.html"
+    page.write_text(f"<!doctype html><meta charset=utf-8><body>{answer_pages(TINY, [b], {})[0]._repr_mimebundle_()['text/html']}<script>{READER}</script></body>")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={tmp_path / 'user'}", "--virtual-time-budget=5000", "--dump-dom"]
+    dom = subprocess.run(["chromium", *flags, page.as_uri()], capture_output=True, text=True, timeout=120).stdout
+    assert json.loads(re.search("TOLD(.*)RAN", dom)[1]) == ["RLVR · llama: unread|1 of 3", "RLVR · llama: unread|1 of 3", "RLVR · llama: not on offer|2 of 3", "RLVR · llama: unread|1 of 1", "Nothing has all of these.|none"]
+    assert "RANnothingEND" in dom

@@ -1492,6 +1492,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'valuecot/steerable/judged.py'),
                                            'valuecot.steerable.judged.shown_offence': ( 'steerable/judged.html#shown_offence',
                                                                                         'valuecot/steerable/judged.py'),
+                                           'valuecot.steerable.judged.silent': ( 'steerable/judged.html#silent',
+                                                                                 'valuecot/steerable/judged.py'),
                                            'valuecot.steerable.judged.spread': ( 'steerable/judged.html#spread',
                                                                                  'valuecot/steerable/judged.py')},
             'valuecot.steerable.methods': { 'valuecot.steerable.methods.Benchmark': ( 'steerable/methods.html#benchmark',

@@ -69,7 +69,7 @@ def pair_html(b: Benchmark, m: Method, pair: tuple[int, int]) -> str:
     cells = [answer_html(b.questions[i], m.predicted[i], m.completions[i]) for i in pair]
     top = "vertical-align:top;text-align:left;white-space:normal;width:50%;padding:.5em"
     head = f'<tr><td colspan="2" style="{top}"><b>{NAMES[questions[0].kind][0]}:</b> {broken_lines(questions[0].scenario)}</td></tr>'
-    return f'<table class="vc-traces mathjax_ignore tex2jax_ignore">{head}<tr>' + "".join(f'<td style="{top}">{cell}</td>' for cell in cells) + "</tr></table>"
+    return f'<table class="vc-traces mathjax_ignore tex2jax_ignore" style="width:100%">{head}<tr>' + "".join(f'<td style="{top}">{cell}</td>' for cell in cells) + "</tr></table>"
 
 
 def shown_samples(settings: Settings, b: Benchmark, count: int = 2) -> Html:
