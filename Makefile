@@ -44,6 +44,7 @@ plan: env ## what would run, and what it needs in memory, time and downloads; ru
 	@test $(STUDY) = steerable || $(PY) -m valuecot.training.costs --profile $(PROFILE) --set $(call quoted,$(SET))
 	@test $(STUDY) = steerable || $(PY) -m valuecot.teacher.bill --profile $(PROFILE) --set $(call quoted,$(SET))
 	@test $(STUDY) = geometry || $(PY) -m valuecot.teacher.star_bill --profile $(PROFILE) --set $(call quoted,$(SET))
+	@test $(STUDY) = geometry || $(PY) -m valuecot.teacher.prompted_bill --profile $(PROFILE) --set $(call quoted,$(SET))
 
 dry: env ## what Snakemake would run, and why
 	@$(FLOW) dry --profile $(PROFILE) --study $(STUDY) --jobs $(JOBS) --target $(TARGET) --set $(call quoted,$(SET))

@@ -19,6 +19,7 @@ from email import message_from_bytes
 
 from aiohttp import web
 from valuecot.data.world import generate
+from valuecot.judge.spans import verdict_by_words
 from valuecot.teacher.rules import write_trace
 from valuecot.types import Prompt
 
@@ -55,8 +56,17 @@ def star_object(question: str) -> str:
     return json.dumps({"reasoning": text, "answer": star_letter(question) if own else settled[1]})
 
 
+def judged_object(question: str) -> str:
+    "The option that the rationale's words support; where they say nothing, a letter that is not on offer."
+    matter, _, rationale = question.rpartition("\nRationale: ")
+    options = re.findall(r"^[A-Z]\. (.*)$", matter.rpartition("Options:\n")[2], re.MULTILINE)
+    return json.dumps({"option": verdict_by_words(rationale, options) or "Z"})
+
+
 def written(question: str) -> str:
     "The object that a good teacher writes."
+    if '"option": "<one letter>"' in question:
+        return judged_object(question)
     if '"answer": "<one letter>"' in question:
         return star_object(question)
     found = re.search(r"The user's message:\n(.*)\Z", question, re.DOTALL)

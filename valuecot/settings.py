@@ -26,7 +26,7 @@ __all__ = ['records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Weigh
            'Steerable', 'Sampling', 'SteerableTraces', 'Validated', 'Prompted', 'Pluralism', 'Probes', 'Faithfulness',
            'Moderation', 'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast', 'published', 'read_file', 'notes',
            'optional', 'put', 'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'check_teachers',
-           'for_arm', 'needed_alone', 'tell']
+           'check_named', 'for_arm', 'needed_alone', 'tell']
 
 # %% ../nbs/01_settings.ipynb #8ad55607
 def root(
@@ -345,6 +345,13 @@ class Sampling:
     samples: int  # of each row
     batch_size: int
     max_completion_length: int
+    engine: Literal["transformers", "vllm"] = "transformers"  # who generates
+    stop: tuple[str, ...] = ()  # texts that end a completion and are no part of it; () for none
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        "The same, with a line end for each \\n."
+        return tuple(text.replace("\\n", "\n") for text in self.stop)
 
 # %% ../nbs/01_settings.ipynb #f3d4256b
 @dataclass(frozen=True)
@@ -418,7 +425,7 @@ class Faithfulness:
 class Moderation:
     "[steerable.moderation]: who looks for offence in the reasonings."
 
-    by: tuple[str, ...]  # "omni-moderation" of OpenAI, "classifier" a model on this machine, "words" by rule; () for none
+    by: tuple[Literal["omni-moderation", "classifier", "words"], ...]  # OpenAI's, a model on this machine, a rule; () for none
     rows: int
     seed: int
     model: str  # of "omni-moderation", as the provider calls it
@@ -702,6 +709,8 @@ def check_design(settings: Settings) -> None:
             if lacking := [m for m in design.models if arm.start and f"model.{m}-{arm.start}" not in settings.sections]:
                 raise ValueError(f"arm {arm.name} starts from [model.{lacking[0]}-{arm.start}], which settings.ini does not have: add it, or set arm.{arm.name}.start to another variant or to nothing")
         check_teachers(f"{study}.traces.teachers", settings[f"{study}.traces"].teachers, settings)
+    check_named("steerable.prompted.models", settings["steerable.prompted"].models, ("teacher",), settings)
+    check_named("steerable.faithfulness.judges", settings["steerable.faithfulness"].judges, ("teacher", "model", "words"), settings)
 
 
 def check_teachers(where: str, taught: tuple[str, ...], settings: Settings) -> None:
@@ -712,6 +721,16 @@ def check_teachers(where: str, taught: tuple[str, ...], settings: Settings) -> N
             raise KeyError(f"{where}: {nearest(name, known, 'teacher')}. For another one, add a section [teacher.{name}] with its provider and model to settings.ini")
     if not taught or len(set(taught)) < len(taught):
         raise ValueError(f"{where} = {', '.join(taught) or 'nobody'}: name each once, and at least one")
+
+
+def check_named(where: str, names: tuple[str, ...], kinds: tuple[str, ...], settings: Settings) -> None:
+    "Refuse what a list names and no section describes, or names twice; `kinds`: teachers by their bare name, models as model.<name>, or another word that is allowed."
+    known = [s.removeprefix("teacher.") for s in settings.sections if s.split(".")[0] in kinds] + [k for k in kinds if k not in ("teacher", "model")]
+    for name in names:
+        if name not in known:
+            raise KeyError(f"{where}: {nearest(name, known, 'entry')}. For another teacher, add a section [teacher.{name}] with its provider and model to settings.ini")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{where} = {', '.join(names)}: name each once")
 
 # %% ../nbs/01_settings.ipynb #bcce3acd
 def for_arm(

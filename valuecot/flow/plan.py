@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import sys
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -28,7 +29,7 @@ class Stage:
 
     name: str
     levels: tuple[str, ...] = ()  # of "model", "dataset", "arm", "seed": one run for each combination
-    reads: tuple[str, ...] = ()  # settings sections; {model}, {dataset}, {arm}, {study} are filled in, {arms} of the design, {registry} of all arms, {teachers} give one for each; "...?" where the study has it
+    reads: tuple[str, ...] = ()  # settings sections; {model}, {dataset}, {arm}, {study} are filled in, {arms} of the design, {registry} of all arms, {teachers} give one for each, {section.key} each entry of that setting that names such a section; "...?" where the study has it
     inputs: tuple[str, ...] = ()  # stages needed first; "sft|base_model" takes the first that this arm has, "reward_model@judge" is for arms that are rewarded so, "base_model:section.key" one for each model.<name> in that setting
     only: str = ""  # field of Arm: arms where it is empty skip the stage
     same: tuple[str, ...] = ()  # fields of Arm: arms that agree in all of them share one run, under the name of the first in settings.ini
@@ -214,7 +215,9 @@ class Plan(Study):
         patterns = []
         for name in self.stages[job.stage].reads:
             each = next((key for key in many if key in name), None)
-            patterns += [name.replace(each, one) for one in many[each]] if each else [name]
+            setting = re.search(r"\{(\w[\w.]*)\.(\w+)\}", name)  # a list that may mix kinds: judges are teachers, models and a rule
+            listed = [name.replace(setting[0], one) for one in getattr(self.settings[setting[1]], setting[2])] if setting else [name]
+            patterns += [name.replace(each, one) for one in many[each]] if each else [one for one in listed if not setting or one in self.settings.sections]
         names = [n.format(model=job.model, dataset=job.dataset, arm=job.arm, study=job.study) for n in patterns]
         return self.settings.only([n.removesuffix("?") for n in names if not n.endswith("?") or n[:-1] in self.settings.sections])
 

@@ -9,15 +9,19 @@ __all__ = ['score', 'score_intervals', 'binary', 'binary_modular_pluralism', 'co
            'blind_ceiling', 'steerability_gain', 'flip_accuracy', 'Flips', 'swapped', 'Swap', 'soft_score', 'SoftScore',
            'by_margin', 'Stratum', 'distances', 'Distances', 'brier', 'jensen_shannon', 'total_variation', 'leaders',
            'margin', 'sample_shares', 'neither_enrichment', 'Enrichment', 'hedges', 'HEDGES', 'crossings', 'Crossings',
-           'quoted_gains', 'Gain', 'claims', 'Claim', 'flagged_parts', 'Parts']
+           'quoted_gains', 'Gain', 'claims', 'Claim', 'flagged_parts', 'Parts', 'shown_to_judge', 'ToJudge',
+           'Judgement', 'faithful', 'faithfulness', 'Faithfulness', 'agreement', 'Agreement', 'letters_crossed',
+           'hedged', 'Hedged', 'supports', 'verdict_by_words', 'mentions', 'Mention']
 
 # %% ../../nbs/judge/19_face.ipynb #dc8941d8
 from .controls import Baseline, Flips, Swap, blind_ceiling, constant, flip_accuracy, majority, modal, steerability_gain, swapped  # noqa: F401
 from .crossings import Crossings, crossings  # noqa: F401
+from .faithfulness import Agreement, Faithfulness, Hedged, Judgement, ToJudge, agreement, faithful, faithfulness, hedged, letters_crossed, shown_to_judge  # noqa: F401
 from .quoted import Claim, Gain, Parts, claims, flagged_parts, quoted_gains  # noqa: F401
 from .readings import READINGS, Reading, default_first, readings  # noqa: F401
 from .scores import LABELS, Confusion, Score, binary, binary_modular_pluralism, correct, score, score_intervals  # noqa: F401
 from .soft import Distances, SoftScore, Stratum, brier, by_margin, distances, jensen_shannon, leaders, margin, sample_shares, soft_score, total_variation  # noqa: F401
+from .spans import Mention, mentions, supports, verdict_by_words  # noqa: F401
 from .unfaithful import HEDGES, Enrichment, hedges, neither_enrichment  # noqa: F401
 from ..stats import Interval, Paired, design_effect, holm, mcnemar, minimum_detectable_effect, paired_interval  # noqa: F401
 
@@ -28,4 +32,6 @@ _all_ = [
     "constant", "majority", "modal", "Baseline", "blind_ceiling", "steerability_gain", "flip_accuracy", "Flips", "swapped", "Swap",
     "soft_score", "SoftScore", "by_margin", "Stratum", "distances", "Distances", "brier", "jensen_shannon", "total_variation", "leaders", "margin", "sample_shares",
     "neither_enrichment", "Enrichment", "hedges", "HEDGES", "crossings", "Crossings", "quoted_gains", "Gain", "claims", "Claim", "flagged_parts", "Parts",
+    "shown_to_judge", "ToJudge", "Judgement", "faithful", "faithfulness", "Faithfulness", "agreement", "Agreement", "letters_crossed", "hedged", "Hedged",
+    "supports", "verdict_by_words", "mentions", "Mention",
 ]  # fmt: skip

@@ -17,17 +17,17 @@ from ..types import Shown
 
 # %% auto #0
 __all__ = ['NAMES', 'HINTS', 'PLAIN', 'words_of', 'stem', 'pattern_of', 'option_patterns', 'kind_of', 'verdict_patterns',
-           'compiled', 'Mention', 'mentions', 'supports', 'leading', 'verdict_by_words']
+           'compiled', 'Mention', 'denied', 'mentions', 'supports', 'leading', 'verdict_by_words']
 
 # %% ../../nbs/judge/21_spans.ipynb #2f08b213
 NAMES = {
     "support": "support(s|ed|ing|ive)? | in favou?r of | favou?rs | endorse(s|d)? | approve(s|d)?( of)?",
-    "oppose": "oppos(e|es|ed|ing|ition) | against | disapprove(s|d)?( of)? | reject(s|ed|ing)?",
+    "oppose": "oppos(e|es|ed|ing|ition) | (goes|go|going|is|are|stands?|speaks?) against | disapprove(s|d)?( of)? | reject(s|ed|ing)?",
     "either": "either | neither | (n?either |both )?support(s|ing)? (n?or|and) oppos(e|es|ing)",
 }
 HINTS = {
     "support": "good | uphold(s|ing)? | promot(e|es|ing) | align(s|ed)? with | consistent with | in line with | justif(y|ies|ied|iable) | encourag(e|es|ing) | benefi(ts?|cial) | honou?rs | protect(s|ing)? | permissible | acceptable | admirable",
-    "oppose": "bad | wrong | violat(e|es|ed|ing|ion) | contradict(s|ed|ing)? | undermin(e|es|ed|ing) | conflict(s|ing)? with | harm(s|ed|ful|ing)? | condemn(s|ed|ing)? | infring(e|es|ing)( on| upon)? | breach(es|ed|ing)? | betray(s|ed|ing)? | unacceptable | unjust(ified)? | unethical | inconsistent with | discourag(e|es|ing)",
+    "oppose": "bad | wrong | against | violat(e|es|ed|ing|ion) | contradict(s|ed|ing)? | undermin(e|es|ed|ing) | conflict(s|ing)? with | harm(s|ed|ful|ing)? | condemn(s|ed|ing)? | infring(e|es|ing)( on| upon)? | breach(es|ed|ing)? | betray(s|ed|ing)? | unacceptable | unjust(ified)? | unethical | inconsistent with | discourag(e|es|ing)",
     "either": " | ".join((*HEDGES, "depends( on)?", "ambiguous", "neutral", "both support and oppose")),
 }
 
@@ -93,6 +93,14 @@ class Mention(Shown):
 
 _denied = re.compile(r"(?:\b(?:not|never|no|nor|cannot|without|hardly|rarely)\b(?!\W+only\b)|n['’]t\b)(?:\s+[\w'’-]+){0,2}\s+$", re.IGNORECASE)
 
+_prevented = re.compile(r"\b(?:prevent|avoid|reduc|minimi[sz]|lessen|stop)\w*(?:\s+[\w'’-]+){0,2}\s+$|\bless\s+$", re.IGNORECASE)
+
+
+def denied(before: str, verdicts: bool) -> bool:
+    "Whether what follows these words is said not to be."
+    near = before[-60:]
+    return bool(_denied.search(near) or (verdicts and _prevented.search(near)))
+
 
 def mentions(text: str, options: Sequence[str]) -> list[Mention]:  # in order; none overlaps another
     "Where a text takes a side."
@@ -103,7 +111,7 @@ def mentions(text: str, options: Sequence[str]) -> list[Mention]:  # in order; n
         if any(one.start < end and start < one.end for start, end in taken):
             continue
         taken.append((one.start, one.end))
-        letter = turned.get(one.letter) if _denied.search(text[: one.start][-60:]) else one.letter
+        letter = turned.get(one.letter) if denied(text[: one.start], bool(turned)) else one.letter
         found += [Mention(one.start, one.end, letter, one.named)] if letter else []
     return sorted(found, key=lambda m: m.start)
 

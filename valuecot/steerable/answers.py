@@ -14,8 +14,8 @@ from ..stats import mean_se
 from ..store import read_records, write_json, write_records
 from ..text import parse_answer
 from ..training.checkpoints import workplace
-from ..training.models import fix, load_model, render
-from ..training.sampling import Drawing, draw_all
+from ..training.models import fix, render
+from ..training.sampling import draw_all, drawing_of, load_engine
 from ..types import Answer, Run
 
 # %% ../../nbs/steerable/50_answers.ipynb #c22c5f14
@@ -31,17 +31,16 @@ def run_answers(run: Run) -> list[Answer]:
     "Complete every row of the test part."
     arm, settings, device = run.settings[f"arm.{run.arm}"], run.settings["steerable.sampling"], str(fix(run.seed))
     questions = {q.id: q for q in read_records(run.folder("prompts") / "questions.jsonl", Question) if q.split == "test"}
-    model, tokenizer = load_model(run.policy, device)
+    model, tokenizer = load_engine(run.policy, settings.engine, device)
     texts = {p.id: render(tokenizer, p.text, arm.thinking) for p in read_prompts(run.folder("prompts"), arm.view) if p.id in questions}
-    drawing = Drawing(settings.temperature, settings.top_p, settings.top_k, settings.max_completion_length, settings.samples, settings.batch_size, run.seed)
-    rows = draw_all(model, tokenizer, texts, drawing, workplace(run) / "answers.jsonl", run.key)
+    rows = draw_all(model, tokenizer, texts, drawing_of(settings, run.seed), workplace(run) / "answers.jsonl", run.key, progress=True)
     write_records(run.out / "completions.jsonl", rows)
     answers = [told(questions[row["id"]], row["completion"]) for row in rows if row["sample"] == 0]
     write_records(run.out / "answers.jsonl", answers)
     read, n = sum(a.predicted is not None for a in answers), len(answers)
     right = mean_se([float(a.predicted == a.gold) for a in answers], "rows")
     length = mean_se([row["tokens"] for row in rows], "completions")
-    counts = {"rows": n, "start": run.start, "view": arm.view or "reasoning, then a letter", "read": read, "accuracy": right.mean, "truncated": sum(row["truncated"] for row in rows) / len(rows), "tokens": length.mean, "tokens_se": length.se}
+    counts = {"rows": n, "start": run.start, "view": arm.view or "reasoning, then a letter", "engine": settings.engine, "read": read, "accuracy": right.mean, "truncated": sum(row["truncated"] for row in rows) / len(rows), "tokens": length.mean, "tokens_se": length.se}
     write_json(run.out / "summary.json", counts)
-    finish(run, counts, device, str(model.dtype))
+    finish(run, counts, device, str(getattr(model, "dtype", "bfloat16")))  # vLLM is asked for bfloat16
     return answers

@@ -5,24 +5,59 @@
 # %% ../../nbs/training/55_sampling.ipynb #4727c07b
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
+from transformers import AutoTokenizer, StoppingCriteriaList, StopStringCriteria
 
+from ..settings import Sampling
 from ..store import Journal, digest
 from ..text import split_reasoning, well_formed
 from .judge import ScalarReward
-from .models import opens_thinking, render
+from .models import load_model, opens_thinking, render
+from .weights import check_folder
 from ..types import Prompt, Rollout, Shown
 
 # %% auto #0
-__all__ = ['complete', 'rollouts', 'losses', 'Drawing', 'draw_all']
+__all__ = ['PIECE', 'cut_at', 'Ends', 'written', 'complete', 'rollouts', 'losses', 'Drawing', 'drawing_of', 'load_engine',
+           'ask_vllm', 'draw', 'draw_all']
+
+# %% ../../nbs/training/55_sampling.ipynb #97e785fa
+def cut_at(text: str, stop: Sequence[str]) -> tuple[str, bool]:  # what stands before it, whether there was one
+    "Cut a text before the stop string that is complete first."
+    found = [(place + len(one), place) for one in stop if (place := text.find(one)) >= 0]
+    return (text[: min(found)[1]], True) if found else (text, False)
+
+
+class Ends(StopStringCriteria):
+    "Stop strings in what was written: transformers' own criterion looks at the prompt's last tokens, too."
+
+    def __init__(self, tokenizer, stop: Sequence[str], prompt: int):  # prompt: its tokens
+        super().__init__(tokenizer, list(stop))
+        self.prompt = prompt
+
+    def __call__(self, input_ids, scores, **more):
+        return super().__call__(input_ids[:, self.prompt :], scores, **more)
+
+
+def written(tokenizer, row: list[int], stop: Sequence[str]) -> tuple[str, int, bool]:  # completion, tokens, truncated
+    "What `generate` left for one prompt; a row that ends early is filled up."
+    ended = tokenizer.eos_token_id in row
+    kept = row[: row.index(tokenizer.eos_token_id)] if ended else row
+    text, stopped = cut_at(tokenizer.decode(kept, skip_special_tokens=True), stop)
+    while stopped and kept[-1] == tokenizer.pad_token_id:
+        kept = kept[:-1]
+    return text, len(kept), not (ended or stopped)
 
 # %% ../../nbs/training/55_sampling.ipynb #854161e0
 @torch.inference_mode()
-def complete(model, tokenizer, texts: list[str], longest: int, temperature: float, batch_size: int, seed: int, top_p: float = 1.0, top_k: int = 0) -> list[tuple[str, int, bool]]:  # completion, tokens, truncated
+def complete(model, tokenizer, texts: list[str], longest: int, temperature: float, batch_size: int, seed: int, top_p: float = 1.0, top_k: int = 0, stop: Sequence[str] = ()) -> list[tuple[str, int, bool]]:  # completion, tokens, truncated
     "Sample one continuation of each rendered prompt; temperature 0 takes the likeliest token."
     torch.manual_seed(seed)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -32,11 +67,11 @@ def complete(model, tokenizer, texts: list[str], longest: int, temperature: floa
         chosen = order[i : i + batch_size]
         batch = tokenizer([texts[j] for j in chosen], return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(model.device)
         batch.pop("token_type_ids", None)
-        ids = model.generate(**batch, **choice, max_new_tokens=longest, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-        for j, row in zip(chosen, ids[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-            ended = tokenizer.eos_token_id in row
-            kept = row[: row.index(tokenizer.eos_token_id)] if ended else row
-            found[j] = (tokenizer.decode(kept, skip_special_tokens=True), len(kept), not ended)
+        prompt = batch["input_ids"].shape[1]
+        ends = {"stopping_criteria": StoppingCriteriaList([Ends(tokenizer, stop, prompt)])} if stop else {}
+        ids = model.generate(**batch, **choice, **ends, max_new_tokens=longest, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+        for j, row in zip(chosen, ids[:, prompt:].tolist(), strict=True):
+            found[j] = written(tokenizer, row, stop)
     return [found[i] for i in range(len(texts))]
 
 # %% ../../nbs/training/55_sampling.ipynb #1c755aac
@@ -74,30 +109,87 @@ class Drawing(Shown):
     samples: int  # of each prompt
     batch_size: int
     seed: int
+    stop: tuple[str, ...] = ()  # a completion ends before the first of them
+    engine: Literal["transformers", "vllm"] = "transformers"
+
+    def __post_init__(self):
+        if not all(self.stop):
+            raise ValueError(f"stop = {self.stop} holds an empty text: every completion would end before its first word")
+
+
+def drawing_of(settings: Sampling, seed: int, samples: int = 0) -> Drawing:  # samples = 0: as many as the settings say
+    "How the settings want completions."
+    return Drawing(settings.temperature, settings.top_p, settings.top_k, settings.max_completion_length, samples or settings.samples, settings.batch_size, seed, settings.stops, settings.engine)
+
+
+def load_engine(folder: Path, engine: str, device: str = "cpu"):  # -> what `draw_all` draws with, and the tokenizer
+    "A checkpoint, read by transformers or by vLLM; vLLM ends at the tokenizer's end of turn alone, as we do."
+    if engine == "transformers":
+        return load_model(folder, device)
+    if not find_spec("vllm"):
+        raise ValueError("engine = vllm, but vLLM is not installed here: install vllm>=0.27,<=0.31 on a GPU, or set engine=transformers")
+    from vllm import LLM  # where it is installed
+
+    check_folder(folder)
+    return LLM(model=str(folder), dtype="bfloat16", generation_config="vllm"), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+# %% ../../nbs/training/55_sampling.ipynb #658098da
+def ask_vllm(llm, tokenizer, texts: list[str], drawing: Drawing, seeds: list[int]) -> list[tuple[str, int, bool]]:  # completion, tokens, truncated
+    "One completion of each rendered prompt by a `vllm.LLM`."
+    from vllm import SamplingParams  # where it is installed
+
+    how = {"n": 1, "temperature": drawing.temperature, "top_p": drawing.top_p, "top_k": drawing.top_k, "max_tokens": drawing.longest, "stop": list(drawing.stop), "include_stop_str_in_output": True}
+    prompts = [{"prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]} for text in texts]
+    replies = llm.generate(prompts, [SamplingParams(seed=seed, **how) for seed in seeds], use_tqdm=False)
+    found = []
+    for reply in replies:
+        (one,) = reply.outputs
+        if one.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended a completion for the reason {one.finish_reason!r}, which is neither its end nor its length: run again, or set engine=transformers")
+        ended = bool(one.token_ids) and one.token_ids[-1] == tokenizer.eos_token_id  # it counts as a token there
+        found.append((cut_at(one.text, drawing.stop)[0], len(one.token_ids) - ended, one.finish_reason == "length"))
+    return found
+
+# %% ../../nbs/training/55_sampling.ipynb #7630d581
+PIECE = 4096  # completions that vLLM is asked for at once, and that a kill can cost
+
+
+def draw(model, tokenizer, texts: dict[str, str], rows: list[tuple[str, int]], number: int, drawing: Drawing) -> list[tuple[str, int, bool]]:
+    "One batch: `rows` are its ids and samples, `number` is its place among all batches."
+    def seeded(*parts: object) -> int:
+        return int(digest([drawing.seed, *parts]), 16) % 2**31
+
+    asked = [texts[i] for i, _ in rows]
+    if drawing.engine == "vllm":
+        return ask_vllm(model, tokenizer, asked, drawing, [seeded(i, k) for i, k in rows])
+    return complete(model, tokenizer, asked, drawing.longest, drawing.temperature, drawing.batch_size, seeded(number), drawing.top_p, drawing.top_k, drawing.stop)
 
 
 def draw_all(
-    model,
+    model,  # as `load_engine` gave it
     tokenizer,
     texts: dict[str, str],  # id -> rendered prompt
     drawing: Drawing,
     file: Path,  # completions, added as they come
     key: str = "",  # of the model, so that a file of another one is not taken up
-    progress: bool = False,
+    progress: bool = False,  # show how many rows are there, after half a minute, on the terminal
 ) -> list[dict]:  # id, sample, completion, tokens, truncated; by prompt, then sample
     "Completions of all prompts, from where an earlier run of the same prompts stopped."
     wanted = sorted(((i, k) for i in texts for k in range(drawing.samples)), key=lambda row: (len(texts[row[0]]), row))
-    batches = [wanted[i : i + drawing.batch_size] for i in range(0, len(wanted), drawing.batch_size)]
+    size = PIECE if drawing.engine == "vllm" else drawing.batch_size
     with Journal(file, digest([key, asdict(drawing), texts])) as journal:
         there = {(i, k): rest for i, k, *rest in journal.rows}
-        for number, batch in enumerate(tqdm(batches, disable=not progress, desc="completions")):
-            if all(row in there for row in batch):
+        bar = tqdm(total=len(wanted), desc=file.stem, initial=len(there), unit="row", disable=not progress, delay=30, file=sys.__stderr__)
+        for number, start in enumerate(range(0, len(wanted), size)):
+            batch = wanted[start : start + size]
+            missing = [row for row in batch if row not in there]
+            if not missing:
                 continue
-            seed = int(digest([drawing.seed, number]), 16) % 2**31
-            found = complete(model, tokenizer, [texts[i] for i, _ in batch], drawing.longest, drawing.temperature, drawing.batch_size, seed, drawing.top_p, drawing.top_k)
-            for row, rest in zip(batch, found, strict=True):
+            asked = missing if drawing.engine == "vllm" else batch  # a batch of transformers shares its random numbers
+            for row, rest in zip(asked, draw(model, tokenizer, texts, asked, number, drawing), strict=True):
                 if row not in there:  # some of a batch that a kill cut off are there, and the same
                     journal.add(*row, *rest)
+                    bar.update()
                 there[row] = rest
+        bar.close()
     return [{"id": i, "sample": k, **dict(zip(("completion", "tokens", "truncated"), there[i, k], strict=True))} for i in texts for k in range(drawing.samples)]
-

@@ -19,6 +19,7 @@ from pathlib import Path
 import matplotlib as mpl
 import seaborn as sns
 from matplotlib.figure import Figure as Canvas
+from matplotlib.transforms import Bbox
 
 from ..types import Arm
 
@@ -148,12 +149,15 @@ class Figure:
         "The twin as PNG, with the caption under it."
         with mpl.rc_context(theme()):
             canvas, out = self.draw(), io.BytesIO()
+            canvas.set_dpi(dpi)
+            canvas.draw_without_rendering()  # settles the layout, so that the caption goes below everything
+            canvas.set_layout_engine("none")  # settled once: each pass over the axes takes a second
+            box = canvas.get_tightbbox()
             if self.caption:
-                canvas.draw_without_rendering()  # settles the layout, so that the caption goes below everything
-                bottom = (canvas.get_tightbbox().y0 - 0.06) / canvas.get_figheight()
                 width = int(118 * max(canvas.get_figwidth() / WIDTH, 0.5))
-                canvas.text(0.5, bottom, wrap(self.caption, width), ha="center", va="top", fontsize=7, color=NEUTRAL, in_layout=False)
-            canvas.savefig(out, format="png", dpi=dpi, bbox_inches="tight", bbox_extra_artists=[*canvas.get_children()], metadata={"Description": self.alt, "Software": ""})
+                note = canvas.text(0.5, (box.y0 - 0.06) / canvas.get_figheight(), wrap(self.caption, width), ha="center", va="top", fontsize=7, color=NEUTRAL, in_layout=False)
+                box = Bbox.union([box, note.get_window_extent().transformed(canvas.dpi_scale_trans.inverted())])
+            canvas.savefig(out, format="png", dpi=dpi, bbox_inches=box.padded(mpl.rcParams["savefig.pad_inches"]), metadata={"Description": self.alt, "Software": ""})
         return out.getvalue()
 
     @cached_property
