@@ -24,7 +24,7 @@ from valuecot.settings import load
 from valuecot.steerable.probes import Given, Probe, befores, drawn_again, likely, probe_table, read_given, run_probes, same, split_kinds, summary
 from valuecot.store import Journal, read_records, write_records
 from valuecot.training.models import load_model, train_tokenizer
-from valuecot.training.sampling import Drawing, ask_vllm, complete, cut_at, draw_all, drawing_of, load_engine
+from valuecot.training.sampling import Drawing, ask_vllm, complete, cut_at, draw_all, drawing_of, load_engine, written
 from valuecot.types import Run
 
 VALUES, SURVEY = value_world(20), survey_world(3)
@@ -222,9 +222,17 @@ def test_a_completion_ends_before_its_stop_string(policy):
     ended = [(before, after) for before, after in zip(free, cut, strict=True) if letter in before[0]]
     assert ended and all(not after[2] and after[1] <= before[1] for before, after in ended) and any(after[1] < before[1] for before, after in ended)
     assert all(after == before for before, after in zip(free, cut, strict=True) if letter not in before[0])
-    spanning = [f"{text} kee" for text in texts]
-    ours = complete(model, tokenizer, spanning, 24, 1.0, 8, 0, stop=("keep", "kee" + free[0][0][:1]))
-    assert ours == [(*cut_at(text, ("keep", "kee" + free[0][0][:1])), truncated)[:1] + (n, truncated) for text, n, truncated in complete(model, tokenizer, spanning, 24, 1.0, 8, 0)], "a prompt's last letters stop nothing"
+    ids = tokenizer("keep the ring", add_special_tokens=False)["input_ids"]
+    assert written(tokenizer, ids + [tokenizer.pad_token_id] * 3, ("ring",)) == ("keep the ", len(ids), False), "what fills a row up is no token of it"
+    assert written(tokenizer, ids, ("rings",)) == ("keep the ring", len(ids), True)
+
+
+def test_a_prompts_last_letters_stop_nothing(policy):
+    model, tokenizer = load_model(policy)
+    texts = [f"Should I kee{i}" for i in range(8)]
+    free = complete(model, tokenizer, texts, 8, 1.0, 8, 0)
+    stop = [f"kee{i}{text[0]}" for i, (text, *_) in enumerate(free) if text[:1].isascii() and text]
+    assert len(stop) > 2 and complete(model, tokenizer, texts, 8, 1.0, 8, 0, stop=stop) == free
 
 
 def test_stop_strings_of_the_settings(tmp_path):

@@ -20,7 +20,7 @@ from ..types import Arm
 
 # %% auto #0
 __all__ = ['DATASETS', 'Stage', 'declaration', 'stages', 'Job', 'split_cell', 'Study', 'Plan', 'named_files', 'key_of', 'forget',
-           'why', 'mark', 'put_in_order', 'key_file', 'find_job', 'companion_stale', 'companion_key']
+           'why', 'mark', 'put_in_order', 'key_file', 'find_job', 'absent', 'companion_stale', 'companion_key']
 
 # %% ../../nbs/flow/12_plan.ipynb #0ec2cc04
 @dataclass(frozen=True)
@@ -312,9 +312,21 @@ def find_job(plan: Plan, stage: str, model: str = "all", arm: str = "all", seed:
             raise KeyError(nearest(name, known[what], what))
     asked = {"model": model, "dataset": dataset, "arm": arm, "seed": f"seed{seed}".replace("seedseed", "seed")}
     job = Job(plan.study, stage, **{level: name for level, name in asked.items() if level in levels})
-    if not plan.runs(plan.stages[stage], job.arm, job.dataset):
-        raise ValueError(f"arm {arm!r} has no stage {stage!r}: its `{plan.stages[stage].only}` is empty in settings.ini" if plan.runs(plan.stages[stage], job.arm) is False else f"arm {arm!r} has no data set {dataset!r}: its `datasets` in settings.ini are others")
+    if why := absent(plan, plan.stages[stage], job):
+        raise ValueError(why)
     return job
+
+
+def absent(plan: Plan, stage: Stage, job: Job) -> str:  # "" where it is there
+    "Why there is no such job."
+    if plan.runs(stage, job.arm, job.dataset):
+        return ""
+    if not plan.runs(stage, "all"):
+        return f"stage {stage.name!r} does not run: {stage.when} is empty in settings.ini, set it by SET=\"{stage.when}=...\""
+    if not plan.runs(stage, job.arm):
+        return f"arm {job.arm!r} has no stage {stage.name!r}: its `{stage.only}` is empty in settings.ini"
+    return f"arm {job.arm!r} has no data set {job.dataset!r}: its `datasets` in settings.ini are others"
+
 
 # %% ../../nbs/flow/12_plan.ipynb #4e3e95ec
 def companion_stale(plans: list[Plan]) -> bool:

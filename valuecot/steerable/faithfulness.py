@@ -12,12 +12,13 @@ from statistics import fmean
 import pandas as pd
 
 from ..data.questions import Question
+from ..data.splits import drawn
 from ..flow.plan import Stage
 from ..flow.run import earlier, finish
 from ..judge import Judgement, agreement, faithful, faithfulness, hedged, letters_crossed, neither_enrichment, shown_to_judge
 from ..judge.faithfulness import NOTHING
 from .judges import Case, Judge, NotRun, by_asking, by_words, cases, with_model
-from .methods import Method, answered, drawn, test_rows
+from .methods import Method, answered, test_rows
 from ..store import write_json, write_records
 from ..teacher.desks import replies_path
 from ..training.checkpoints import workplace
@@ -34,7 +35,7 @@ __all__ = ['stage', 'LEVELS', 'PAPER', 'ROWS', 'COLUMNS', 'judge_of', 'judged', 
 # %% ../../nbs/steerable/60_faithfulness.ipynb #5b19f3cb
 stage = Stage(
     "faithfulness", levels=("dataset",), reads=("steerable.faithfulness", "steerable.sampling", "published.faithfulness", "teacher.{steerable.faithfulness.judges}"),
-    inputs=("prompts", "answers", "base_model:steerable.faithfulness.judges"), when="steerable.faithfulness.judges",
+    inputs=("prompts", "answers", "prompted", "pluralism", "base_model:steerable.faithfulness.judges"), when="steerable.faithfulness.judges",
 )  # fmt: skip
 
 # %% ../../nbs/steerable/60_faithfulness.ipynb #f31f444b

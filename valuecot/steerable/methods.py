@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.questions import Question
-from ..data.splits import drawn
 from ..flow.run import earlier
 from ..judge import constant, majority, modal
 from ..store import read_records
+from ..text import parse_answer
 from ..types import Answer, Run
 
 # %% auto #0
-__all__ = ['Method', 'Benchmark', 'read_method', 'answered', 'test_rows', 'rules_of', 'read_benchmark']
+__all__ = ['Method', 'Benchmark', 'told', 'read_method', 'answered', 'test_rows', 'rules_of', 'read_benchmark']
 
 # %% ../../nbs/steerable/40_methods.ipynb #16d00ce4
 @dataclass(frozen=True)
@@ -73,6 +73,12 @@ class Benchmark:
     def find(self, model: str, arm: str, seed: int) -> Method | None:
         "The method of these levels; None where it did not run."
         return next((m for m in self.methods if (m.model, m.arm, m.seed) == (model, arm, seed)), None)
+
+# %% ../../nbs/steerable/40_methods.ipynb #99ddfc2b
+def told(question: Question, completion: str) -> Answer:
+    "The letter of a completion; one beyond the options is kept, and wrong."
+    return Answer(question.id, question.gold, parse_answer(completion))
+
 
 # %% ../../nbs/steerable/40_methods.ipynb #ce1df159
 def read_method(folder: Path, order: list[str], model: str, arm: str, seed: int = 0) -> Method:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from ..data.questions import Question
+from ..data.splits import drawn
 from ..flow.plan import Stage
 from ..flow.run import finish
 from ..judge.offence import CATEGORIES, Verdict, agreements, by_words, shares_row
@@ -23,7 +24,7 @@ from ..providers.asking import Policy, ask
 from ..providers.cache import Cache, export_replies
 from ..providers.moderation import Moderator, moderation_request
 from ..settings import root
-from .methods import Method, answered, drawn, test_rows
+from .methods import Method, answered, test_rows
 from ..store import plain, write_records
 from ..teacher.desks import all_answered, ended, replies_path, take_replies
 from ..training.classifier import label_scores, read_classifier

@@ -14,8 +14,8 @@ from ..data.questions import Question
 from ..flow.plan import Stage
 from ..flow.run import finish
 from ..settings import Sampling
-from .answers import told
 from .comments import Voice, about, answer_wording, choice_wording, comment_wording, voices
+from .methods import told
 from ..stats import mean_se
 from ..store import digest, read_records, write_json, write_records
 from ..training.checkpoints import workplace

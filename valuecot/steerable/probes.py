@@ -17,13 +17,13 @@ import torch
 
 from ..data.changed import PARTS, Changed, asked_after, begun, corrupted, crossed, grouped, letter_of, reasoning_of, reordered, swapped
 from ..data.questions import Question
+from ..data.splits import drawn
 from ..data.views import worded
 from ..flow.plan import Stage
 from ..flow.run import finish
 from ..judge import Interval
 from ..judge import swapped as swap_shares
 from ..stats import bootstrap_sums, share
-from .methods import drawn
 from ..store import Journal, digest, read_records, write_records
 from ..text import parse_answer
 from ..training.checkpoints import workplace
