@@ -15,7 +15,8 @@ import pytest
 from valuecot.judge.crossings import crossings
 from valuecot.judge.quoted import QUOTED, claims, flagged_parts, quoted_gains
 from valuecot.settings import load
-from valuecot.steerable import report
+from valuecot.steerable import efficiency as report
+from valuecot.steerable import quoted
 from valuecot.types import Run
 from valuecot.view import efficiency as view
 
@@ -179,58 +180,61 @@ def test_table_4s_categories_overlap_in_one_line(tables):
 
 # ---- in the report
 def of_ours(folder: Path, seeds=(0, 1)) -> Run:
-    "A run of the report over training runs of 4 rollouts, of 2 updates each, with 16 of 64 rows a rollout."
+    "A run of the report over trainings with looks: RLVR before the first update and after each quarter of 8 updates; SFT with all rows and with a tenth of them."
     settings = load("test", "steerable.design.seeds=0,1")
-    group = settings["steerable.grpo"].group_size
-    inputs = {}
-    for seed in seeds:
-        place = inputs[f"grpo/llama-opinionqa/rlvr/seed{seed}"] = folder / f"seed{seed}"
+    group, inputs = settings["steerable.grpo"].group_size, {}
+
+    def left(name: str, counts: dict, looks: list[tuple[int, float]]) -> None:
+        place = inputs[name] = folder / name.replace("/", "-")
         place.mkdir(parents=True)
-        (place / "run.json").write_text(json.dumps({"counts": {"prompts": 64, "completions_per_step": 8 * group}}))
-        rows = [{"step": 1 + 2 * i, "metric": "answer_lenient", "value": 0.2 * (i + 1) + 0.02 * seed} for i in range(4)] + [{"step": 1, "metric": "loss", "value": 3.0}]
+        (place / "run.json").write_text(json.dumps({"counts": counts | {"validation rows": 50}}))
+        rows = [{"step": step, "metric": "validation_accuracy", "value": value} for step, value in looks] + [{"step": 1, "metric": "loss", "value": 3.0}]
         (place / "history.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    blind = inputs["grpo/llama-opinionqa/rlvr-blind/seed0"] = folder / "blind"
-    blind.mkdir()
+
+    for seed in seeds:
+        left(f"grpo/llama-opinionqa/rlvr/seed{seed}", {"prompts": 64, "completions_per_step": 8 * group}, [(2 * i, 0.2 * i + 0.02 * seed) for i in range(5)])
+        left(f"sft/llama-opinionqa/sft/seed{seed}", {}, [(0, 0.1), (5, 0.75), (10, 0.7)])
+    left("grpo/llama-opinionqa/rlvr-blind/seed0", {"prompts": 64, "completions_per_step": 8 * group}, [(8, 0.9)])
+    left("sft/llama-opinionqa/sft-10/seed0", {}, [(1, 0.5)])
     return Run("report", "steerable", "test", "all", "all", "all", folder, settings, inputs, "key", "all")
 
 
-def test_rlvrs_own_curve_is_against_rows_seen_and_a_mean_of_seeds(tmp_path):
-    curve = report.rlvr_curve(of_ours(tmp_path), "llama", "opinionqa")
-    assert curve["percent"].tolist() == [0, 25, 50, 75]
-    assert curve["accuracy"].tolist() == pytest.approx([0.21, 0.41, 0.61, 0.81]) and curve["se"].tolist() == pytest.approx([0.01] * 4)
-    one = report.rlvr_curve(of_ours(tmp_path / "one", seeds=(0,)), "llama", "opinionqa")
-    assert one["se"].isna().all() and one["accuracy"].tolist() == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    assert report.rlvr_curve(of_ours(tmp_path / "other"), "qwen", "opinionqa").empty
+def test_rlvrs_own_curve_is_against_rows_learnt_and_a_mean_of_seeds(tmp_path):
+    run = of_ours(tmp_path)
+    curves, lines = report.efficiency_data(run, report.looks(run))
+    rlvr = curves[curves["arm"] == "rlvr"]
+    assert rlvr["percent"].tolist() == [0, 25, 50, 75, 100]
+    assert rlvr["accuracy"].tolist() == pytest.approx([0.01, 0.21, 0.41, 0.61, 0.81]) and rlvr["se"].tolist() == pytest.approx([0.01] * 5)
+    alone = of_ours(tmp_path / "one", seeds=(0,))
+    one = report.efficiency_data(alone, report.looks(alone))[0]
+    assert one["se"].isna().all() and one.loc[one["arm"] == "rlvr", "accuracy"].tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
 
 
 def test_sft_at_matched_rows_stands_beside_rlvr(tmp_path):
-    from test_steerable import bench
-
-    from valuecot.data.perspectives import value_world
-
-    run, world = of_ours(tmp_path), bench(value_world(30), True)
-    half = [*world.methods[0].predicted]
-    half[::2] = [None] * len(half[::2])
-    arms = [*world.methods, report.Method("llama", "sft-10", 0, half, [])]
-    b = replace(world, name="opinionqa", methods=arms)
-    curves, lines = report.efficiency_data(run, [b])
-    assert curves[curves["arm"] == "sft"][["percent", "accuracy"]].to_numpy().tolist() == [[10, pytest.approx(0.5, abs=0.01)], [100, 1]]
-    assert lines[["panel", "arm", "accuracy"]].to_numpy().tolist() == [["opinionqa", "sft", 1]]
-    figure = report.efficiency_figures(run, curves, lines)["efficiency_llama"]
-    assert "training batches, not on validation rows" in figure.caption and "mean ± SE of k = 2 training seeds" in figure.caption and "not reached" in figure.alt
-    (area,) = [t for t in figure.plotly["data"] if t.get("fill") == "toself"]  # RLVR has two seeds here, SFT one
-    assert area["y"] == pytest.approx([22, 42, 62, 82, 80, 60, 40, 20]) and area["x"][:4] == area["x"][:3:-1]
+    run = of_ours(tmp_path)
+    curves, lines = report.efficiency_data(run, report.looks(run))
+    assert curves[curves["arm"] == "sft"][["percent", "accuracy"]].to_numpy().tolist() == [[10, 0.5], [100, pytest.approx(0.7)]]
+    assert lines[["panel", "arm", "accuracy"]].to_numpy().tolist() == [["opinionqa", "sft", pytest.approx(0.7)]], "the last look, not the best"
+    figure = report.efficiency_figures(run, curves, lines, 50)["efficiency_llama"]
+    assert "n = 50 validation rows" in figure.caption and "mean ± SE of k = 2 training seeds" in figure.caption and "first 100.0 %" in figure.alt
     go.Figure(figure.plotly)
-    assert len(figure.png(40)) > 1000 and "full point" not in figure.caption
+    assert len(figure.png(40)) > 1000
 
 
-def test_no_rlvr_no_figure(tmp_path):
+def test_the_best_look_stands_beside_the_last(tmp_path):
+    run = of_ours(tmp_path)
+    table = report.best_looks(report.looks(run)).set_index(["arm", "seed"])
+    assert table.loc[("sft", 0), ["last", "best", "at update", "updates"]].tolist() == pytest.approx([0.7, 0.75, 5, 10]) and not table.loc[("sft", 0), "better than the last by 2 SE"]
+    assert table.loc[("rlvr", 0), ["best", "at update"]].tolist() == [0.8, 8] and (table["rows"] == 50).all()
+
+
+def test_no_looks_no_figure(tmp_path):
     run = replace(of_ours(tmp_path), inputs={})
-    assert report.report_efficiency(run, []) == {}
+    assert report.report_efficiency(run) == {}
 
 
 def test_the_page_says_what_agrees_and_what_does_not(tmp_path):
     run = of_ours(tmp_path)
-    said = report.in_words(report.quoted_tables(run))
+    said = quoted.in_words(quoted.quoted_tables(run.settings))
     assert "14 of 14 quoted gains agree." in said and "14 of 14 hold in accuracy" in said
     assert "10.05 % overall and 10.2 % in its categories" in said

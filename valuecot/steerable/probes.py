@@ -31,12 +31,11 @@ from ..training.letters import Letters, letter_shares
 from ..training.models import fix, load_model, render
 from ..training.sampling import draw_all, drawing_of, load_engine
 from ..types import Run, Shown
-from ..view.tables import span
 
 # %% auto #0
-__all__ = ['stage', 'DRAWN', 'WRITTEN', 'SEQUENCES', 'WORDS', 'Probe', 'Given', 'read_given', 'Before', 'befores', 'shares_all',
-           'likely', 'questions_of', 'drawn_again', 'averaged', 'same', 'places', 'measures', 'follows', 'summary',
-           'probe_table', 'split_kinds', 'counted', 'run_probes']
+__all__ = ['stage', 'DRAWN', 'WRITTEN', 'SEQUENCES', 'Probe', 'Given', 'read_given', 'Before', 'befores', 'shares_all', 'likely',
+           'questions_of', 'drawn_again', 'averaged', 'same', 'places', 'measures', 'follows', 'summary', 'split_kinds',
+           'counted', 'run_probes']
 
 # %% ../../nbs/steerable/55_probes.ipynb #a9425e68
 stage = Stage("probes", levels=("model", "dataset", "arm", "seed"), reads=("steerable.sampling", "steerable.probes", "arm.{arm}"), inputs=("prompts", "answers", "grpo|sft|base_model"), when="steerable.probes.kinds")
@@ -226,23 +225,6 @@ def summary(probes: Sequence[Probe], rows: Mapping[str, Question]) -> pd.DataFra
         intervals |= follows(group, rows) if kind == "swapped" else {}
         found += [{"kind": kind, "part": part, "measure": name, "asked": len(group), "n": i.n, "clusters": i.clusters, "estimate": i.estimate, "low": i.low, "high": i.high} for name, i in intervals.items() if i]
     return pd.DataFrame(found, columns=["kind", "part", "measure", "asked", "n", "clusters", "estimate", "low", "high"])
-
-# %% ../../nbs/steerable/55_probes.ipynb #7466ccd5
-WORDS = {
-    "redrawn": "nothing is changed, and it is drawn again", "swapped": "another perspective on the scenario", "reordered": "the options in other places",
-    "direct": "asked for the letter at once", "own": "after its own reasoning", "early": "after the first {:.0%} of its sentences",
-    "corrupted": "after its reasoning with half of the words from others'", "crossed": "after its reasoning for another perspective",
-}  # fmt: skip
-
-
-def probe_table(frame: pd.DataFrame) -> pd.DataFrame:
-    "Lines of `probes.csv`, in words."
-    missing = set(frame["kind"]) - set(WORDS)
-    if missing:
-        raise ValueError(f"kind {sorted(missing)[0]!r} is no probe; known are {', '.join(WORDS)}")
-    said = [WORDS[kind].format(part) if kind == "early" else WORDS[kind] for kind, part in zip(frame["kind"], frame["part"], strict=True)]
-    shown = [span(*row) for row in frame[["estimate", "low", "high"]].to_numpy(dtype=float).tolist()]
-    return pd.DataFrame({"probe": said, "what is measured": frame["measure"], "rows": frame["n"], "scenarios": frame["clusters"], "mean (95 % over scenarios)": shown})
 
 # %% ../../nbs/steerable/55_probes.ipynb #e05d096e
 def split_kinds(kinds: Sequence[str], view: str) -> tuple[list[str], list[str], list[str]]:  # by likelihood, by completion, left out

@@ -14,6 +14,7 @@ from .gains import ceilings, gains, read_three_ways
 from .judged import left
 from .methods import Benchmark, read_benchmark
 from .pages import answer_pages
+from .probed import probed
 from .quoted import quoted_tables
 from .review import first_sheet, judgements_of
 from .scores import confusion_table, score_table, scored
@@ -23,7 +24,7 @@ from ..types import Run
 from ..view.gather import save_figures, write_table
 
 # %% ../../nbs/steerable/90_report.ipynb #b064abe0
-stage = Stage("report", reads=("steerable", "steerable.design", "steerable.grpo", "steerable.prompted", "steerable.pluralism", "published.value_kaleidoscope", "published.opinionqa", "published.faithfulness", "published.offensiveness", "arm.{registry}"), inputs=("prompts", "traces", "grpo", "answers"), report=True)
+stage = Stage("report", reads=("steerable", "steerable.design", "steerable.sft", "steerable.grpo", "steerable.prompted", "steerable.pluralism", "published.value_kaleidoscope", "published.opinionqa", "published.faithfulness", "published.offensiveness", "arm.{registry}"), inputs=("prompts", "traces", "sft", "grpo", "answers", "prompted", "pluralism", "probes", "faithfulness", "moderation"), report=True)
 
 # %% ../../nbs/steerable/90_report.ipynb #78e2e30a
 def report_tables(run: Run, b: Benchmark) -> dict[str, object]:  # name without the benchmark -> table
@@ -38,7 +39,7 @@ def report_tables(run: Run, b: Benchmark) -> dict[str, object]:  # name without 
 def looked_into(run: Run, benchmarks: list[Benchmark]) -> dict[str, object]:
     "What judges said, the sheet for a reviewer, and all answers to page through."
     judgements = {b.name: judgements_of(run, b.name) for b in benchmarks}
-    tables = {"faithfulness": left(run, "faithfulness", "faithfulness"), "offence": left(run, "moderation", "flags"), "review": first_sheet(benchmarks, judgements)}
+    tables = {"faithfulness": left(run, "faithfulness", "faithfulness"), "offence": left(run, "moderation", "flags"), "review": first_sheet(benchmarks, judgements), "probed": probed(run)}
     pages, said = answer_pages(run.settings, benchmarks, judgements)
     return {name: write_table(run, name, table) if len(table) else table for name, table in tables.items()} | {"pages": pages, "pages_said": said}
 
@@ -50,7 +51,7 @@ def run_report(run: Run) -> dict[str, object]:
     for b, ceiling in zip(benchmarks, made["ceilings"].to_dict("records"), strict=True):
         made |= {f"{name}_{b.name}": write_table(run, f"{name}_{b.name}", table) for name, table in report_tables(run, b).items()}
         made[f"accuracy_{b.name}"] = accuracy_figure(run.settings, b, made[f"scores_{b.name}"], ceiling, run.profile)
-    made |= {name: write_table(run, name, table) for name, table in quoted_tables(run.settings).items()} | report_efficiency(run, benchmarks) | looked_into(run, benchmarks)
+    made |= {name: write_table(run, name, table) for name, table in quoted_tables(run.settings).items()} | report_efficiency(run) | looked_into(run, benchmarks)
     save_figures(run, made)
     finish(run, {"benchmarks": [b.name for b in benchmarks], "methods": sum(bool(m.model) for b in benchmarks for m in b.methods)})
     return made
