@@ -40,6 +40,6 @@ def run_grpo(run: Run) -> Checkpoint:
     work = Work("grpo", run.policy, run.out / "model", place, used, asdict(settings), arm.thinking, run.seed, training_key(run), reward=arm.reward, **judged, machine=run.settings["machine"], validation=validation_of(run, arm))
     steps = save_history(train(work), run.out / "history.jsonl")
     write_records(run.out / "completions.jsonl", kept_completions(place / "completions.jsonl"))
-    counts = {"prompts": len(used), "prompts too long": len(prompts) - len(used), "start": run.start, "steps": steps, "completions_per_step": completions_per_update(settings)}
+    counts = {"validation rows": len(work.validation.prompts) if work.validation else 0, "prompts": len(used), "prompts too long": len(prompts) - len(used), "start": run.start, "steps": steps, "completions_per_step": completions_per_update(settings)}
     finish(run, counts, device, "torch.float32")
     return Checkpoint(run.out / "model", "grpo", run.model, run.arm, run.seed, stored_parameters(run.out / "model"), steps)

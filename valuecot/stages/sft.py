@@ -62,5 +62,5 @@ def run_sft(run: Run) -> Checkpoint:
     rows, lacking = sft_rows(prompts, traces, arm)
     work = Work("sft", run.policy, run.out / "model", workplace(run), rows, asdict(settings), arm.thinking, run.seed, training_key(run), arm.answer_weight, machine=run.settings["machine"], validation=validation_of(run, arm))
     steps = save_history(train(work), run.out / "history.jsonl")
-    finish(run, {"rows": len(rows), "prompts without a trace": lacking, "style": arm.sft, "steps": steps}, device, "torch.float32")
+    finish(run, {"validation rows": len(work.validation.prompts) if work.validation else 0, "rows": len(rows), "prompts without a trace": lacking, "style": arm.sft, "steps": steps}, device, "torch.float32")
     return Checkpoint(run.out / "model", "sft", run.model, run.arm, run.seed, stored_parameters(run.out / "model"), steps)
