@@ -18,7 +18,7 @@ from valuecot.steerable.judged import left, shown_faithful, silent
 from valuecot.steerable.methods import Benchmark, Method, rules_of
 from valuecot.steerable.names import absent, in_order, named, paper_row
 from valuecot.steerable.pages import answer_pages
-from valuecot.steerable.review import read_review, review_counts, review_sheet, said_of
+from valuecot.steerable.review import main, read_review, review_counts, review_sheet, said_of
 from valuecot.steerable.samples import pairs, shown_samples, speaker
 from valuecot.steerable.scores import confusion_table, score_table, scored
 from valuecot.steerable.shown import accuracy_figure, shown_comparisons, shown_confusions
@@ -174,7 +174,7 @@ def test_the_sheet_holds_unfaithful_traces_of_one_method_drawn_by_a_seed():
     assert review_sheet(b, mad, judged(b))["trace"].unique().tolist() == ["'=HYPERLINK(1)"]
 
 
-def test_a_filled_sheet_is_read_back_and_counted(tmp_path):
+def test_a_filled_sheet_is_read_back_and_counted(tmp_path, capsys):
     b, file = values(20), tmp_path / "filled.csv"
     sheet = review_sheet(b, b.find("llama", "rlvr", 0), judged(b))
     filled = sheet.copy()
@@ -182,6 +182,9 @@ def test_a_filled_sheet_is_read_back_and_counted(tmp_path):
     filled.to_csv(file, index=False, lineterminator="\r\n")
     counts = review_counts(read_review(file, sheet), len(sheet)).set_index("question")
     assert counts.loc["sees both sides", ["yes", "reviewed", "of"]].tolist() == [5, 5, 20] and counts.loc["clear stance", "yes"] == 0
+    sheet.to_csv(tmp_path / "review.csv", index=False)
+    assert main([str(tmp_path / "review.csv"), str(file)]) == 0 and "| sees both sides | 5 | 5 | 20 |" in capsys.readouterr().out
+    assert main([str(file.with_name("gone.csv")), str(file)]) == 1 and main([]) == 2
     assert counts.loc["sees both sides", "low 95"] == pytest.approx(0.5655, abs=1e-3) and counts["reviewers"].unique().tolist() == ["Ada"]
 
 

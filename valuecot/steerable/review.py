@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'SEED', 'ASKED', 'FILLED', 'read_judgements', 'judgements_of', 'said_of', 'unfaithful', 'cell', 'shown_letter',
-           'review_sheet', 'first_sheet', 'same_text', 'check_row', 'read_review', 'review_counts']
+           'review_sheet', 'first_sheet', 'same_text', 'check_row', 'read_sheet', 'read_review', 'review_counts',
+           'main']
 
 # %% ../../nbs/steerable/82_review.ipynb #92257ed0
 import json
+import sys
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -21,6 +23,7 @@ from .methods import Benchmark, Method
 from .samples import speaker
 from ..store import digest
 from ..types import Run
+from ..view.tables import to_markdown
 
 # %% ../../nbs/steerable/82_review.ipynb #1c1ec7c3
 def read_judgements(file: Path) -> list[dict]:  # judge, model, arm, seed, id, letter
@@ -110,11 +113,16 @@ def check_row(row: dict[str, str], own: dict[str, dict]) -> None:
             raise ValueError(f"row {name!r}: {column} is {row[column]!r}, want yes or no")
 
 
+def read_sheet(file: Path) -> pd.DataFrame:
+    "A sheet as it lies on disk, every cell a text."
+    return pd.read_csv(file, dtype=str, keep_default_na=False)
+
+
 def read_review(file: Path, sheet: pd.DataFrame) -> list[dict[str, str]]:  # the rows that were reviewed
     "A filled sheet, checked against the one that this run left."
     if sheet.empty:
         raise ValueError(f"this run left no sheet to hold {Path(file).name} against: run the stage faithfulness first")
-    table = pd.read_csv(file, dtype=str, keep_default_na=False)
+    table = read_sheet(file)
     if lacking := [c for c in ("id", "trace", *FILLED) if c not in table]:
         raise ValueError(f"{Path(file).name} lacks the columns {lacking}")
     rows, own = table.to_dict("records"), {row["id"]: row for row in sheet.to_dict("records")}
@@ -136,3 +144,21 @@ def review_counts(reviewed: Sequence[dict[str, str]], of: int) -> pd.DataFrame: 
         low, high = wilson(yes, len(reviewed))
         rows.append({"question": column, "yes": yes, "reviewed": len(reviewed), "of": of, "share": yes / len(reviewed), "low 95": low, "high 95": high, "reviewers": who})
     return pd.DataFrame(rows)
+
+# %% ../../nbs/steerable/82_review.ipynb #78675be2
+def main(argv: Sequence[str]) -> int:  # exit status
+    "Check a filled sheet against a run's own, and print the counts."
+    if len(argv) != 2:
+        print("usage: python -m valuecot.steerable.review outputs/PROFILE/steerable/report/review.csv FILLED.csv", file=sys.stderr)
+        return 2
+    try:
+        sheet = read_sheet(Path(argv[0]))
+        print(to_markdown(review_counts(read_review(Path(argv[1]), sheet), len(sheet)).round(3)))
+    except (FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__" and "__file__" in globals():  # as a module, not in a notebook
+    sys.exit(main(sys.argv[1:]))
