@@ -43,8 +43,8 @@ def answer_html(q: Question, predicted: str | None, completion: str) -> Html:
 def pair_of(places: Sequence[int], b: Benchmark, m: Method) -> tuple[int, int] | None:  # rows; None where all have one right answer
     "Two rows of a scenario whose right answers differ, right ones first."
     best: dict[str, int] = {}
-    for i in sorted(places, key=lambda i: (m.predicted[i] != b.gold[i], digest(b.questions[i].id))):
-        best.setdefault(b.gold[i], i)
+    for i in sorted(places, key=lambda i: (m.predicted[i] != b.questions[i].gold, digest(b.questions[i].id))):
+        best.setdefault(b.questions[i].gold, i)
     return tuple(list(best.values())[:2]) if len(best) > 1 else None
 
 
@@ -54,7 +54,7 @@ def pairs(b: Benchmark, m: Method, count: int) -> list[tuple[int, int]]:  # plac
     for i, q in enumerate(b.questions):
         scenarios.setdefault((q.scenario, q.options), []).append(i)
     found = [pair for places in scenarios.values() if (pair := pair_of(places, b, m))]
-    return sorted(found, key=lambda pair: (sum(m.predicted[i] != b.gold[i] for i in pair), digest([b.questions[i].id for i in pair])))[:count]
+    return sorted(found, key=lambda pair: (sum(m.predicted[i] != b.questions[i].gold for i in pair), digest([b.questions[i].id for i in pair])))[:count]
 
 
 def speaker(b: Benchmark) -> Method | None:  # None where nobody wrote
@@ -78,6 +78,6 @@ def shown_samples(settings: Settings, b: Benchmark, count: int = 2) -> Html:
     found = pairs(b, m, count) if m else []
     if not found:
         return Html(f"<p>{html.escape(b.name)}: {'no scenario has two perspectives whose right answers differ' if m else 'nobody wrote a completion'}.</p>")
-    right = sum(all(m.predicted[i] == b.gold[i] for i in pair) for pair in found)
+    right = sum(all(m.predicted[i] == b.questions[i].gold for i in pair) for pair in found)
     said = f"{b.name}, {named(settings, {'model': m.model, 'arm': m.arm, 'seed': m.seed})}: two perspectives on a scenario whose right answers differ. In {right} of {len(found)} pairs both answers are right; pairs with two right answers come first, then the hash chooses. Words are coloured by rule (words), not by a reader: ground, line and letter of the option that they support."
     return Html(f'<p class="vc-caption">{html.escape(said)}</p>' + "".join(pair_html(b, m, pair) for pair in found))

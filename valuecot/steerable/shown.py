@@ -103,7 +103,7 @@ def shown_comparisons(settings: Settings, table: pd.DataFrame) -> pd.DataFrame:
     "A family of comparisons; rules that answer alike share a line."
     rows: list[dict[str, object]] = []
     for r in table.to_dict("records"):
-        against = named(settings, {"model": r["against model"], "arm": r["against"], "seed": r["seed"]}, seed=False)
+        against = named(settings, {"model": r["against model"], "arm": r["against"], "seed": r["seed"]}, seed=False).removesuffix(f" · {r['model']}")
         line = {
             "method": named(settings, r), "difference (95 %)": percent(r["difference"], r["low"], r["high"]), "right alone": f"{r['only this right']} / {r['only that right']}",
             "design effect": number(r["design effect"], 2), "detectable": number(r["detectable (points)"], 2), "p by row": number(r["p by row"], 2), "p by scenario": number(r["p by scenario"], 2), "Holm": number(r["p by scenario, Holm"], 2),
