@@ -73,11 +73,12 @@ def test_executed_notebooks_hold_no_path_of_this_machine(outputs):
 
 
 def test_a_second_run_does_nothing(outputs):
-    stamps = {p: p.stat().st_ino for p in (outputs / "test/geometry").rglob("run.json")}  # a new run.json is a new file
-    again = study(outputs)
+    made = [*(outputs / "test").rglob("run.json"), outputs / "test/companion/index.html"]
+    stamps = {p: p.stat().st_ino for p in made}  # a new run.json is a new file, and so is a new page
+    again = study(outputs, "--study", "all")
     said, _ = again.communicate(timeout=120)
-    assert again.returncode == 0, said
-    assert {p: p.stat().st_ino for p in (outputs / "test/geometry").rglob("run.json")} == stamps
+    assert again.returncode == 0 and "done " not in said, said
+    assert {p: p.stat().st_ino for p in made} == stamps and len(made) > 30
 
 
 def test_nothing_runs_on_past_its_end(outputs):
