@@ -2102,8 +2102,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'valuecot/teacher/prompted_bill.py'),
                                                 'valuecot.teacher.prompted_bill.reasoning_methods': ( 'teacher/prompted_bill.html#reasoning_methods',
                                                                                                       'valuecot/teacher/prompted_bill.py'),
-                                                'valuecot.teacher.prompted_bill.totals': ( 'teacher/prompted_bill.html#totals',
-                                                                                           'valuecot/teacher/prompted_bill.py'),
                                                 'valuecot.teacher.prompted_bill.whole': ( 'teacher/prompted_bill.html#whole',
                                                                                           'valuecot/teacher/prompted_bill.py')},
             'valuecot.teacher.release': { 'valuecot.teacher.release.aside_lines': ( 'teacher/release.html#aside_lines',

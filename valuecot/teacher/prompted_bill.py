@@ -15,13 +15,13 @@ from ..data.views import asked, worded
 from ..providers.cache import Cache
 from ..settings import Settings, TeacherModel, tell
 from .asked import Desk, Wanted
-from .desks import backends, called, cost_lines, desk_of, estimate, replies_path
+from .desks import backends, called, cost_lines, desk_of, estimate
 from .prompted import prompted_desk, prompted_models, prompted_request
-from .star_bill import PARAGRAPH, added, stand_ins
+from .star_bill import PARAGRAPH, stand_ins, totals
 
 # %% auto #0
 __all__ = ['PAPER', 'VERDICT', 'planned_rows', 'whole', 'prompted_wants', 'lacking', 'prompted_rows', 'reasoning_methods',
-           'judges', 'judged_wants', 'judged_rows', 'totals', 'part', 'bill', 'main']
+           'judges', 'judged_wants', 'judged_rows', 'part', 'bill', 'main']
 
 # %% ../../nbs/teacher/56_prompted_bill.ipynb #212485ef
 PAPER = {"value_kaleidoscope": "vk_test", "opinionqa": "opinionqa_test"}  # names in [published.other]
@@ -94,21 +94,6 @@ def judged_rows(settings: Settings, dataset: str, cache: Cache | None) -> tuple[
     return whole(found, n / len(questions)), f"{dataset}: {n:,} reasonings of about {PARAGRAPH} words assumed; verdicts on disk are not looked for"
 
 # %% ../../nbs/teacher/56_prompted_bill.ipynb #fbbe7482
-def totals(settings: Settings, rows_of: Callable) -> tuple[list[dict[str, object]], list[str], float]:  # by teacher, remarks, dollars spent so far
-    "All benchmarks of the design together."
-    def over(cache: Cache | None) -> tuple[list[dict[str, object]], list[str]]:
-        parts = [rows_of(settings, dataset, cache) for dataset in settings["steerable.design"].datasets]
-        rows = parts[0][0]
-        for more, _ in parts[1:]:
-            rows = added(rows, more, 1.0, True)
-        return rows, [remark for _, remark in parts if remark]
-
-    if not replies_path().exists():
-        return *over(None), 0.0
-    with Cache(replies_path()) as cache:
-        return *over(cache), cache.spent
-
-
 def part(settings: Settings, what: str, section: str, models: dict[str, TeacherModel], rows_of: Callable) -> list[str]:
     "Lines of one of the two."
     if not models:

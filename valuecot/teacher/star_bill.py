@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from ..data.question_sources import chosen, read_questions
@@ -92,7 +92,7 @@ def rows_of(settings: Settings, dataset: str, cache: Cache | None) -> tuple[list
     return [{name: type(value)(value * n / len(questions)) if name != "teacher" else value for name, value in row.items()} for row in rows], remark
 
 # %% ../../nbs/teacher/54_star_bill.ipynb #5f9690e5
-def totals(settings: Settings) -> tuple[list[dict[str, object]], list[str], float]:  # by teacher, remarks, dollars spent so far
+def totals(settings: Settings, rows_of: Callable) -> tuple[list[dict[str, object]], list[str], float]:  # by teacher, remarks, dollars spent so far
     "All benchmarks of the design together."
     def over(cache: Cache | None) -> tuple[list[dict[str, object]], list[str]]:
         parts = [rows_of(settings, dataset, cache) for dataset in settings["steerable.design"].datasets]
@@ -111,7 +111,7 @@ def bill(settings: Settings) -> str:
     "The plan's part about teachers of synthetic reasonings."
     if not teachers_of(settings, "steerable"):
         return "synthetic reasonings: none, no arm of the design learns from them"
-    rows, remarks, spent = totals(settings)
+    rows, remarks, spent = totals(settings, rows_of)
     lost = unable(settings, "steerable")
     for error in in_the_way(settings, rows, "steerable"):
         if isinstance(error, FileNotFoundError):
@@ -131,7 +131,7 @@ def check(settings: Settings) -> str:  # nothing, or an error
     if not left:
         return ""
     design = replace(settings["steerable.design"], datasets=left)
-    rows, remarks, _ = totals(replace(settings, sections=settings.sections | {"steerable.design": design}))
+    rows, remarks, _ = totals(replace(settings, sections=settings.sections | {"steerable.design": design}), rows_of)
     if remarks and replies_path().exists():  # which replies are kept cannot be told without the rows
         return ""
     if lost := in_the_way(settings, rows, "steerable"):
