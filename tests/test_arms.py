@@ -43,14 +43,14 @@ def test_every_arm_trains(name, outputs, place, monkeypatch):
         if own not in TRAINED:
             run = begin(sft.stage, "test", model="llama", arm=own, seed=0, out=str(place / "sft" / own))
             checkpoint, counts = sft.run_sft(run), read_json(run.out / "record.json")["counts"]
-            assert checkpoint.steps == -(-counts["rows"] // 8) and counts["rows"] + counts["prompts without a trace"] == round(24 * arm.fraction)
+            assert checkpoint.steps == -(-counts["rows"] // 8) and counts["rows"] + counts["prompts without a trace"] == round(16 * arm.fraction)
             TRAINED[own] = run.out
         policy = f"sft/llama/{own}/seed0", TRAINED[own]
     if arm.grpo:
         run = as_arm(begin(grpo.stage, "test", model="llama", arm="standard", seed=0), plan, find_job(plan, "grpo", "llama", name, 0), policy, place / "grpo" / name)
         run.out.mkdir(parents=True)
         checkpoint, counts = grpo.run_grpo(run), read_json(run.out / "record.json")["counts"]
-        prompts = sum({"sft": 24, "grpo": 16}[split] for split in arm.grpo.split("+")) * arm.fraction
+        prompts = sum({"sft": 16, "grpo": 8}[split] for split in arm.grpo.split("+")) * arm.fraction
         assert counts["prompts"] == prompts and checkpoint.steps == prompts * 4 // 16 and counts["start"] == policy[0]
         assert (run.out / "completions.jsonl").read_text().count("\n") > 0
         metrics = {row.split('"metric": "')[1].split('"')[0] for row in (run.out / "history.jsonl").read_text().splitlines()}
