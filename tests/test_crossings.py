@@ -84,8 +84,8 @@ def test_figure_2s_crossings(figure2):
     table = view.crossing_table(*figure2).set_index(["panel", "line of"]).round(1)
     vk, survey = table.loc["Value Kaleidoscope"], table.loc["OpinionQA"]
     assert vk.loc["sft", "first (%)"] == vk.loc["sft", "sustained (%)"] == 5.9 and vk.loc["sft", "outcome"] == "held"
-    assert (vk.loc["human", "first (%)"], survey.loc["sft", "first (%)"], survey.loc["synthetic", "first (%)"]) == (8.8, 13.3, 10.0)
-    sustained = vk.loc["human"], survey.loc["sft"], survey.loc["synthetic"]
+    assert (vk.loc["human-cot", "first (%)"], survey.loc["sft", "first (%)"], survey.loc["synthetic-cot", "first (%)"]) == (8.8, 13.3, 10.0)
+    sustained = vk.loc["human-cot"], survey.loc["sft"], survey.loc["synthetic-cot"]
     assert [row["outcome"] for row in sustained] == ["regained"] * 3
     # 17.6, 38.7 and 22.6 are the share of the validations that come before; the same points in percent of the training data, by the rule of the first crossings, lie a little later
     assert [row["points before sustained (%)"] for row in sustained] == [17.6, 38.7, 22.6]
@@ -99,7 +99,7 @@ def test_figure_2s_crossings_are_at_these_updates(figure2):
         own = curves[curves["panel"] == line["panel"]]
         at = crossings(own["step"].tolist(), own["accuracy"].tolist(), line["accuracy"])
         found[line["panel"], line["arm"]] = (at.first, at.sustained)
-    assert found == {("Value Kaleidoscope", "sft"): (40, 40), ("Value Kaleidoscope", "human"): (60, 120), ("OpinionQA", "sft"): (40, 120), ("OpinionQA", "synthetic"): (30, 70)}
+    assert found == {("Value Kaleidoscope", "sft"): (40, 40), ("Value Kaleidoscope", "human-cot"): (60, 120), ("OpinionQA", "sft"): (40, 120), ("OpinionQA", "synthetic-cot"): (30, 70)}
 
 
 def test_figure_2_is_drawn_twice_with_all_its_points(figure2):

@@ -12,6 +12,7 @@ import pytest
 
 from valuecot.data.perspectives import survey_world, value_world
 from valuecot.settings import load
+from valuecot.stats import holm
 from valuecot.steerable.comparisons import FAMILIES, compared, met
 from valuecot.steerable.gains import ceilings
 from valuecot.steerable.judged import left, shown_faithful, silent
@@ -84,8 +85,12 @@ def test_holm_is_over_the_family_and_no_other():
 
 def test_rules_that_answer_alike_share_a_line():
     b = values(6, "scenario")
-    table = shown_comparisons(TINY, compared(replace(b, methods=[*b.methods[:1], replace(b.methods[0], arm="majority"), b.find("llama", "rlvr", 0)]), "baselines"))
-    assert table["against"].tolist() == ["always A, majority"]
+    other = replace(b.methods[0], arm="question-modal", predicted=["B"] * len(b.questions))
+    found = compared(replace(b, methods=[*b.methods[:1], replace(b.methods[0], arm="majority"), other, b.find("llama", "rlvr", 0)]), "baselines")
+    assert shown_comparisons(TINY, found)["against"].tolist() == ["always A, majority", "question-modal"]
+    assert found["tests"].tolist() == [2, 2, 2], "the correction counts two tests, not three"
+    p = dict(zip(found["against"], found["p by scenario"], strict=True))
+    assert dict(zip(found["against"], found["p by scenario, Holm"], strict=True)) == pytest.approx(dict(zip(p, [holm({"a": p["always A"], "b": p["question-modal"]})[x] for x in "aab"], strict=True)))
 
 
 # ---- names
@@ -232,8 +237,8 @@ def test_tables_3_and_4_stand_beside_the_paper_s(tmp_path):
     folder.mkdir()
     (folder / "faithfulness.csv").write_text("dataset,judge,version,model,arm,seed,rows,judged,invalid,faithful,faithful_low_95,faithful_high_95,not_run\nopinionqa,words,masked,llama,rlvr,0,60,58,2,0.5,0.4,0.6,\nopinionqa,claude,,,,,,,,,,,no key\n")
     run = Run("report", "steerable", "tiny", "all", "all", "all", tmp_path, TINY, {"faithfulness/all-opinionqa/all/all": folder}, "", "all")
-    table = shown_faithful(TINY, left(run, "faithfulness", "faithfulness"))
-    assert table["paper"].tolist() == ["70.3"] and table["method"].tolist()[0] == "RLVR · llama" and silent(left(run, "faithfulness", "faithfulness")) == "claude (no key)" and table["faithful (95 %)"].tolist()[0] == "50.0 (40.0 to 60.0)"
+    ((key, table),) = shown_faithful(TINY, left(run, "faithfulness", "faithfulness")).items()
+    assert key == ("opinionqa", "words") and table["paper"].tolist() == ["70.3"] and table["method"].tolist()[0] == "RLVR · llama" and silent(left(run, "faithfulness", "faithfulness")) == "claude (no key)" and table["masked (95 %)"].tolist()[0] == "50.0 (40.0 to 60.0)"
     assert left(run, "moderation", "flags").empty and left(run, "faithfulness", "nothing").empty
 
 

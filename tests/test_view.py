@@ -49,7 +49,7 @@ def test_arm_colours_are_stable_across_processes():
 
 
 def test_arms_of_one_study_have_their_own_colours():
-    for names in (("base", "base-think", "standard", "annealing"), ("zero-shot", "sft", "human", "synthetic", "rlvr")):
+    for names in (("base", "base-think", "standard", "annealing"), ("zero-shot", "sft", "human-cot", "synthetic-cot", "rlvr")):
         assert len({theme.arm_color(n) for n in names}) == len(names)
     arm = Arm("base", "My label", "", "grpo", False, "standard", "response")
     assert theme.arm_color(arm) == theme.arm_color("base") and theme.arm_label(arm) == "My label"

@@ -58,6 +58,8 @@ def comparison(b: Benchmark, m: Method, other: Method) -> dict[str, object]:
 
 def compared(b: Benchmark, family: str) -> pd.DataFrame:
     "Paired tests of every method in a family, with Holm's correction over it; no rows where nobody can be met."
-    rows = [comparison(b, m, other) for m in b.methods if m.model for other in met(b, m, family)]
-    adjusted = holm({i: row["p by scenario"] for i, row in enumerate(rows)})
-    return pd.DataFrame([row | {"p by scenario, Holm": adjusted[i]} for i, row in enumerate(rows)])
+    pairs = [(m, other) for m in b.methods if m.model for other in met(b, m, family)]
+    rows = [comparison(b, m, other) for m, other in pairs]
+    tests = [(id(m), tuple(other.predicted)) for m, other in pairs]  # rules that answer alike are one test
+    adjusted = holm({test: row["p by scenario"] for test, row in zip(tests, rows, strict=True)})
+    return pd.DataFrame([row | {"p by scenario, Holm": adjusted[test], "tests": len(adjusted)} for test, row in zip(tests, rows, strict=True)])

@@ -31,16 +31,21 @@ def spread(row: Mapping, name: str) -> str:
     return percent(row[name], row[f"{name}_low_95"], row[f"{name}_high_95"])
 
 # %% ../../nbs/steerable/86_judged.ipynb #fd40e8ae
-def faithful_line(settings: Settings, row: Mapping) -> dict[str, object]:
-    "One judge on one method."
+def faithful_line(settings: Settings, versions: pd.DataFrame) -> dict[str, object]:
+    "One judge on one method, whose traces it read in one or two versions."
+    rows = {row["version"]: row for row in versions.to_dict("records")}
+    row = next(iter(rows.values()))
     paper = paper_row(settings["published.faithfulness"], row["model"], row["arm"])
-    about = {"benchmark": row["dataset"], "judge": row["judge"], "method": named(settings, {"model": row["model"], "arm": row["arm"], "seed": int(row["seed"])}), "perspective": row["version"]}
-    return about | {"faithful (95 %)": spread(row, "faithful"), "judged": f"{row['judged']:g} of {row['rows']:g}", "invalid": f"{row['invalid']:g}", "paper": number(paper[DATASETS.index(row["dataset"])]) if paper else MISSING}
+    said = {f"{version} (95 %)": spread(one, "faithful") for version, one in rows.items()}
+    told = {"judged": f"{row['judged']:g} of {row['rows']:g}", "invalid": f"{row['invalid']:g}", "paper": number(paper[DATASETS.index(row["dataset"])]) if paper else MISSING}
+    return {"method": named(settings, {"model": row["model"], "arm": row["arm"], "seed": int(row["seed"])})} | said | told
 
 
-def shown_faithful(settings: Settings, frame: pd.DataFrame) -> pd.DataFrame:
+def shown_faithful(settings: Settings, frame: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:  # benchmark, judge -> lines
     "Table 3, ours beside the paper's; percent."
-    return pd.DataFrame([faithful_line(settings, row) for row in frame.to_dict("records") if missing(row.get("not_run"))])
+    ran = frame[[missing(x) for x in frame["not_run"]]] if len(frame) else frame
+    groups = ran.groupby(["dataset", "judge"], sort=False) if len(ran) else ()
+    return {key: pd.DataFrame([faithful_line(settings, one) for _, one in own.groupby(["model", "arm", "seed"], sort=False)]) for key, own in groups}
 
 
 def silent(frame: pd.DataFrame) -> str:  # "" where all ran
@@ -48,16 +53,17 @@ def silent(frame: pd.DataFrame) -> str:  # "" where all ran
     rows = [row for row in frame.to_dict("records") if not missing(row.get("not_run"))]
     return "; ".join(dict.fromkeys(f"{row['judge']} ({row['not_run']})" for row in rows))
 
+
 # %% ../../nbs/steerable/86_judged.ipynb #0639dd64
 FLAGS = ("overall", "harassment", "sexual", "violence")
 
 
-def shown_offence(settings: Settings, frame: pd.DataFrame) -> pd.DataFrame:
+def shown_offence(settings: Settings, frame: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:  # benchmark, moderator -> lines
     "Table 4, ours beside the paper's; percent."
-    rows = []
+    rows: dict[tuple[str, str], list[dict]] = {}
     for row in frame.to_dict("records"):
         paper, at = paper_row(settings["published.offensiveness"], row["model"], row["arm"]), len(FLAGS) * DATASETS.index(row["dataset"])
         printed = paper[at : at + len(FLAGS)] if paper and paper[at] is not None else None
-        own = {"benchmark": row["dataset"], "by": row["by"], "method": named(settings, {"model": row["model"], "arm": row["arm"], "seed": int(row["seed"])}), "n": f"{row['n']:g}"}
-        rows.append(own | {name: spread(row, name) for name in FLAGS} | {"paper": " / ".join(map(number, printed)) if printed else MISSING})
-    return pd.DataFrame(rows)
+        own = {"method": named(settings, {"model": row["model"], "arm": row["arm"], "seed": int(row["seed"])}), "n": f"{row['n']:g}"}
+        rows.setdefault((row["dataset"], row["by"]), []).append(own | {name: spread(row, name) for name in FLAGS} | {"paper": " / ".join(map(number, printed)) if printed else MISSING})
+    return {key: pd.DataFrame(lines) for key, lines in rows.items()}

@@ -46,7 +46,7 @@ def in_order(settings: Settings, methods: Sequence[Method]) -> list[Method]:
 
 # %% ../../nbs/steerable/70_names.ipynb #e35e9836
 PAPER = {"llama": "llama3-8b", "qwen": "qwen2.5-7b"}  # the paper's model that a model from scratch stands in for
-ROWS = {"zero-shot": "zero-shot-cot", "prompted": "zero-shot-cot", "communities": "mp", "personas": "mp"}  # arms that the paper calls otherwise
+ROWS = {"zero-shot": "zero-shot-cot", "prompted": "zero-shot-cot", "communities": "mp"}  # arms that the paper calls otherwise
 
 
 def paper_row(published: Mapping[str, tuple], model: str, arm: str) -> tuple | None:

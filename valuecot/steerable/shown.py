@@ -112,12 +112,14 @@ def shown_comparisons(settings: Settings, table: pd.DataFrame) -> pd.DataFrame:
             rows[-1]["against"] += f", {against}"
         else:
             rows.append({"method": line["method"], "against": against} | line)
-    return pd.DataFrame(rows)
+    shown = pd.DataFrame(rows)
+    return shown.drop(columns="against") if shown["against"].nunique() == 1 else shown  # the caption names who it is
 
 
-def comparison_caption(b: Benchmark, family: str, tests: int) -> str:
+def comparison_caption(b: Benchmark, family: str, table: pd.DataFrame) -> str:
     "What a family's table holds."
-    return f"{b.name}, against {FAMILIES[family]}: accuracy minus theirs in points, n = {len(b.questions)} rows of {len(set(b.clusters))} scenarios; Holm over the {tests} tests of this table"
+    return f"{b.name}, against {FAMILIES[family]}: accuracy minus theirs in points, n = {len(b.questions)} rows of {len(set(b.clusters))} scenarios; Holm over the {table['tests'].iloc[0]} different tests of this table"
+
 
 # %% ../../nbs/steerable/78_shown.ipynb #134ed6a9
 def shown_gains(settings: Settings, table: pd.DataFrame) -> pd.DataFrame:

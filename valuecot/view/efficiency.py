@@ -83,7 +83,7 @@ def published_lines(
     other: Mapping[str, Sequence[float]],  # [published.other]
 ) -> pd.DataFrame:  # columns LINES
     "Reference lines of Figure 2."
-    names = {"sft": "sft", "human_cot": "human", "synthetic_cot": "synthetic"}
+    names = {"sft": "sft", "human_cot": "human-cot", "synthetic_cot": "synthetic-cot"}
     rows = [{"panel": panel, "arm": arm, "accuracy": other[f"{b}_{name}_line"][0]} for b, panel in SHOWN.items() for name, arm in names.items() if f"{b}_{name}_line" in other]
     return pd.DataFrame(rows, columns=list(LINES))
 

@@ -35,8 +35,9 @@ ARMS = {  # name -> (place in PALETTE, label)
     "annealing": (2, "Annealing CoT"),
     "zero-shot": (7, "Zero-shot CoT"),
     "sft": (1, "SFT"),
-    "human": (4, "Human-written CoT"),
-    "synthetic": (9, "Synthetic CoT"),
+    "human-cot": (4, "Human-written CoT"),
+    "synthetic-cot": (9, "Synthetic CoT"),
+    "sft-compute": (8, "SFT, compute of RLVR"),
     "rlvr": (2, "RLVR"),  # the studies never share a figure
 }
 
