@@ -16,7 +16,7 @@ from valuecot.data.questions import Question
 from valuecot.judge import agreement, faithful, faithfulness, hedged, hedges, letters_crossed, shown_to_judge, supports, verdict_by_words
 from valuecot.judge.faithfulness import MASK, NOTHING, Judgement
 from valuecot.settings import load
-from valuecot.steerable.faithfulness import COLUMNS, all_judged, judged, own_answers, run_faithfulness, table3
+from valuecot.steerable.faithfulness import all_judged, judged, own_answers, run_faithfulness, table3
 from valuecot.steerable.judges import LETTER, NotRun, by_asking, by_likelihood, by_words, cases, judge_desk, judge_wording
 from valuecot.steerable.methods import Method
 from valuecot.store import write_records
@@ -332,4 +332,3 @@ def test_names_of_the_worlds_are_masked_everywhere():
     for name in [*VALUES, *GROUPS]:
         q = Question("q", "A plan", name, "value" if name in VALUES else "demographic", ("Yes", "No"), "A")
         assert shown_to_judge(q, f"For {name}, and for {name.lower()}.\nAnswer: A").named == 2
-    assert COLUMNS == ("value_kaleidoscope", "opinionqa")

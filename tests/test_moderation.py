@@ -25,7 +25,8 @@ from valuecot.providers.asking import Policy, ask
 from valuecot.providers.cache import Cache
 from valuecot.providers.moderation import Moderator, moderation_request
 from valuecot.settings import load
-from valuecot.steerable.moderation import reasons, run_moderation, shown_agreement, shown_flagged, shown_shares, table4
+from valuecot.steerable.judged import shown_offence
+from valuecot.steerable.moderation import reasons, run_moderation, shown_agreement, shown_flagged, shown_shares
 from valuecot.store import read_json, write_records
 from valuecot.teacher.desks import replies_path
 from valuecot.training.classifier import label_scores, read_classifier
@@ -156,14 +157,13 @@ def test_shares_have_intervals_over_scenarios_also_where_nothing_is_flagged():
 
 
 def test_our_shares_stand_beside_the_printed_ones(tmp_path):
-    published, run = load("test")["published.offensiveness"], stage(tmp_path, "a", "steerable.moderation.by=words")
-    table, _ = run_moderation(run)
-    both = [table.assign(dataset=name) for name in ("value_kaleidoscope", "opinionqa")]
-    found = table4(pd.concat(both), published, {"llama": "llama3-8b"}).set_index(["dataset", "by", "paper_row"])
-    assert found.loc[("value_kaleidoscope", "words", "llama3-8b-rlvr"), ["overall", "overall_paper", "sexual_paper", "violence_paper"]].tolist() == [25.0, 10.05, 0.4, 9.8]
-    assert found.loc[("opinionqa", "words", "llama3-8b-rlvr"), ["overall_paper", "harassment_paper", "sexual_paper", "violence_paper"]].tolist() == [0.15, 0.05, 0.0, 0.1]
-    assert found.loc[("value_kaleidoscope", "words", "gpt-4.1-zero-shot-cot"), ["overall", "overall_paper"]].tolist() == [0.0, 9.5]
-    assert set(found.loc["opinionqa"].loc["not run"].index) == {"llama3-8b-zero-shot-cot", "llama3-8b-synthetic-cot"}, "human CoT has no numbers there"
+    table, _ = run_moderation(stage(tmp_path, "a", "steerable.moderation.by=words"))
+    both = pd.concat([table.assign(dataset=name) for name in ("value_kaleidoscope", "opinionqa")])
+    found = {key: own.set_index("method") for key, own in shown_offence(load("tiny"), both).items()}
+    assert set(found) == {("value_kaleidoscope", "words"), ("opinionqa", "words")}
+    vk, survey = found["value_kaleidoscope", "words"], found["opinionqa", "words"]
+    assert vk.loc["RLVR · llama", "paper"] == "10.05 / 0 / 0.4 / 9.8" and vk.loc["RLVR · llama", "overall"].startswith("25.0 (")
+    assert survey.loc["RLVR · llama", "paper"] == "0.15 / 0.05 / 0 / 0.1" and vk.loc["gpt-4.1, prompted", "paper"] == "9.5 / 0 / 0.2 / 9.3"
 
 
 # ---- what is looked at

@@ -13,12 +13,13 @@ import pandas as pd
 
 from ..data.questions import Question
 from ..data.splits import drawn
-from ..flow.plan import Stage
+from ..flow.plan import DATASETS, Stage
 from ..flow.run import earlier, finish
 from ..judge import Judgement, agreement, faithful, faithfulness, hedged, letters_crossed, neither_enrichment, shown_to_judge
 from ..judge.faithfulness import NOTHING
 from .judges import Case, Judge, NotRun, by_asking, by_words, cases, with_model
 from .methods import Method, answered, test_rows
+from .names import paper_row
 from ..store import write_json, write_records
 from ..teacher.desks import replies_path
 from ..training.checkpoints import workplace
@@ -28,9 +29,9 @@ from ..view.gather import write_table
 from ..view.tables import MISSING, Html, missing, number, span, to_html
 
 # %% auto #0
-__all__ = ['stage', 'LEVELS', 'PAPER', 'ROWS', 'COLUMNS', 'judge_of', 'judged', 'all_judged', 'with_reasoning', 'own_answers',
-           'bounds', 'letters_of', 'faithfulness_table', 'agreement_table', 'letters_table', 'enrichment_table',
-           'hedges_table', 'run_faithfulness', 'table3', 'with_spans', 'shown_table3', 'shown_judges', 'shown']
+__all__ = ['stage', 'LEVELS', 'judge_of', 'judged', 'all_judged', 'with_reasoning', 'own_answers', 'bounds', 'letters_of',
+           'faithfulness_table', 'agreement_table', 'letters_table', 'enrichment_table', 'hedges_table',
+           'run_faithfulness', 'table3', 'with_spans', 'shown_table3', 'shown_judges', 'shown']
 
 # %% ../../nbs/steerable/60_faithfulness.ipynb #5b19f3cb
 stage = Stage(
@@ -175,11 +176,6 @@ def run_faithfulness(run: Run, told: bool = False) -> dict[str, pd.DataFrame]:
     return made
 
 # %% ../../nbs/steerable/60_faithfulness.ipynb #501e94fd
-PAPER = {"llama": "llama3-8b", "qwen": "qwen2.5-7b"}  # the paper's model that a model from scratch stands in for
-ROWS = {"zero-shot": "zero-shot-cot", "prompted": "zero-shot-cot"}  # arms that the paper calls otherwise
-COLUMNS = "value_kaleidoscope", "opinionqa"  # of [published.faithfulness]
-
-
 def table3(frame: pd.DataFrame, published: dict[str, tuple]) -> pd.DataFrame:
     "Faithful traces in percent of one or several benchmarks, beside what the paper prints; judges that did not run say why."
     rows = []
@@ -188,10 +184,10 @@ def table3(frame: pd.DataFrame, published: dict[str, tuple]) -> pd.DataFrame:
         if not missing(row["not_run"]) and row["not_run"]:
             rows.append(told | {"note": f"not run: {row['not_run']}"})
             continue
-        paper = published.get(f"{PAPER.get(row['model'], row['model'])}-{ROWS.get(row['arm'], row['arm'])}")
+        paper = paper_row(published, row["model"], row["arm"])
         shares = {head: span(*(100 * row[f"{name}{end}"] for end in ("", "_low_95", "_high_95")), digits=1) for head, name in (("faithful % (95 %)", "faithful"), ("invalid as unfaithful % (95 %)", "faithful_invalid_unfaithful"))}
         rows.append(told | {"reasoning": row["version"], "method": f"{row['model']} {row['arm']}", "seed": f"{row['seed']:g}", "judged": f"{row['judged']:g} of {row['rows']:g}", "invalid": f"{row['invalid']:g}", "no answer": f"{row['no_answer']:g}",
-                            **shares, "paper %": number(paper[COLUMNS.index(row["dataset"])]) if paper else MISSING, "note": ""})  # fmt: skip
+                            **shares, "paper %": number(paper[DATASETS.index(row["dataset"])]) if paper else MISSING, "note": ""})  # fmt: skip
     return pd.DataFrame(rows)
 
 # %% ../../nbs/steerable/60_faithfulness.ipynb #93339faa
