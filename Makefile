@@ -36,7 +36,7 @@ $(READY): pyproject.toml constraints.txt
 
 study: env ## run the study and build its pages: PROFILE=tiny|small|paper STUDY=all|geometry|steerable JOBS=2 SET="section.key=value ..."; TARGET=traces: one stage and what it needs
 	@test $(STUDY) = steerable || test -z "$(filter all traces,$(TARGET))" || $(PY) -m valuecot.teacher.bill check --profile $(PROFILE) --set $(call quoted,$(SET))
-	@test $(STUDY) = geometry || test -z "$(filter all traces,$(TARGET))" || $(PY) -m valuecot.teacher.star_bill check --profile $(PROFILE) --set $(call quoted,$(SET))
+	@test $(STUDY) = geometry || test -z "$(filter all synthetic,$(TARGET))" || $(PY) -m valuecot.teacher.star_bill check --profile $(PROFILE) --set $(call quoted,$(SET))
 	@$(FLOW) run --profile $(PROFILE) --study $(STUDY) --jobs $(JOBS) --target $(TARGET) --set $(call quoted,$(SET))
 
 plan: env ## what would run, and what it needs in memory, time and downloads; runs nothing

@@ -184,6 +184,14 @@ rule landscape:
 
 
 # ---- steerable
+rule synthetic:
+    input: needs("synthetic")
+    output: made("synthetic")
+    params: job=path_of("synthetic")
+    log: log_of("synthetic")
+    shell: CALL
+
+
 rule answers:
     input: needs("answers")
     output: made("answers")

@@ -85,11 +85,10 @@ def as_import(source: str, module: str) -> str:
     return "\n".join(keep + ([f"from {module} import {', '.join(names)}"] if names else []))
 
 
-class NotebookItem(pytest.Item):
-    @property
-    def is_stage(self) -> bool:
-        return self.path.parent.name in {"stages", "geometry", "steerable"}
+OVERRIDES = {"22_synthetic": "steerable.design.arms=sft,synthetic-cot"}  # of stages that the test profile does without
 
+
+class NotebookItem(pytest.Item):
     def runtest(self):
         from execnb.shell import CaptureShell
         from fastcore.xtras import working_directory
@@ -105,10 +104,9 @@ class NotebookItem(pytest.Item):
                 if cell.cell_type == "code" and {"export", "exporti"} & set(cell.directives_ or {}):
                     cell.set_source(as_import(cell.source, f"valuecot.{module}"))
         env = {"IN_TEST": "1"}
-        if self.is_stage:
+        if tagged := next((c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])), None):  # a stage
             env["VALUECOT_OUTPUTS"] = str(study_outputs())
-            tagged = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-            tagged.set_source(tagged.source + '\nprofile = "test"')
+            tagged.set_source(f"{tagged.source}\nprofile, overrides = 'test', {OVERRIDES.get(self.path.stem, '')!r}")
         shell, old = CaptureShell(self.path), {k: os.environ.get(k) for k in env}
         os.environ.update(env)
         try:

@@ -224,7 +224,7 @@ def test_sft_at_matched_rows_stands_beside_rlvr(tmp_path):
 def test_the_best_look_stands_beside_the_last(tmp_path):
     run = of_ours(tmp_path)
     table = report.best_looks(report.looks(run)).set_index(["arm", "seed"])
-    assert table.loc[("sft", 0), ["last", "best", "at update", "updates"]].tolist() == pytest.approx([0.7, 0.75, 5, 10]) and not table.loc[("sft", 0), "better than the last by 2 SE"]
+    assert table.loc[("sft", 0), ["last", "best", "at update", "updates"]].tolist() == pytest.approx([0.7, 0.75, 5, 10]) and not table.loc[("sft", 0), "better beyond chance"]
     assert table.loc[("rlvr", 0), ["best", "at update"]].tolist() == [0.8, 8] and (table["rows"] == 50).all()
 
 

@@ -41,6 +41,8 @@ from valuecot.teacher.schemas import AnnealingReply, StandardReply
 from valuecot.types import Prompt
 
 HERE = Path(__file__).parent
+DATA = load("test")["geometry"]
+ASKED = 2 * (DATA.sft_prompts + DATA.heldout_prompts)  # two styles of each
 KEY = "sk-planted-0123456789abcdef"
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
 PRICE = Price(0.05, 0.40)
@@ -733,7 +735,7 @@ def test_the_stage_says_what_is_missing_and_keeps_what_came(prompts_only, tmp_pa
         with pytest.raises(RuntimeError, match="questions have no reply yet .*404"):
             stage_run(prompts_only, tmp_path / "a", f"{root}/nowhere", monkeypatch)
         stage_run(prompts_only, tmp_path / "a", f"{root}/v1", monkeypatch)
-        assert told()["counts"]["answered"] == 72  # 36 prompts, two styles: none of them twice
+        assert told()["counts"]["answered"] == ASKED  # none of them twice
 
 
 def test_arms_are_compared_on_the_same_prompts():
@@ -1033,7 +1035,7 @@ def test_a_key_is_in_no_file_of_a_study(prompts_only, monkeypatch):
 
 def test_a_study_whose_teachers_all_refuse_stops_and_says_why(prompts_only, tmp_path, monkeypatch):
     with server() as (root, told):
-        with pytest.raises(RuntimeError, match="no trace came of 72 questions to local .*is not welcome"):
+        with pytest.raises(RuntimeError, match=f"no trace came of {ASKED} questions to local .*is not welcome"):
             stage_run(prompts_only, tmp_path / "a", f"{root}/closed", monkeypatch)
         with pytest.raises(RuntimeError, match="questions to local .*its prompts would be missing from every arm"):
             stage_run(prompts_only, tmp_path / "b", f"{root}/closed", monkeypatch, "geometry.traces.teachers=rules,local")

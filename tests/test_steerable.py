@@ -62,7 +62,7 @@ def test_designs_that_cannot_be(change, said):
 @pytest.mark.parametrize("question", [value_world(4)[0], survey_world(2)[0]], ids=["value", "survey"])
 def test_a_view_hides_what_it_says(question):
     seen = {view: (question.perspective in worded(question, view), question.scenario in worded(question, view)) for view in VIEWS}
-    assert seen == {"": (True, True), "answer": (True, True), "blind": (False, True), "blind-answer": (False, True), "scenario-blind": (True, False)}
+    assert seen == {"": (True, True), "answer": (True, True), "blind": (False, True), "blind-answer": (False, True), "scenario-blind-answer": (True, False)}
     assert all(question.listed in worded(question, view) for view in VIEWS)
 
 
@@ -189,6 +189,10 @@ def test_a_file_that_was_cut_off_or_is_anothers_costs_its_rows_alone(tmp_path):
 def test_a_study_leaves_tables_of_every_method(outputs):
     folder = outputs / "test" / "steerable" / "report"
     lines = (folder / "scores_value_kaleidoscope.csv").read_text().splitlines()
-    assert [line.split(",")[1] for line in lines[1:]] == ["always A", "majority", "question-modal", "zero-shot", "sft", "rlvr", "sft-blind"]
+    assert [line.split(",")[1] for line in lines[1:]] == ["always A", "majority", "question-modal", "zero-shot", "sft", "rlvr", "sft-blind", "prompted", "personas"]
     record = json.loads((folder / "run.json").read_text())
-    assert record["counts"]["methods"] == 4
+    assert record["counts"]["methods"] == 6
+    for stage, files in {"prompted": ["rules/answers.jsonl"], "pluralism": ["personas/chosen.jsonl"], "probes": ["probes.csv"], "faithfulness": ["judgements.jsonl"], "moderation": ["flags.csv"]}.items():
+        runs = list((outputs / "test" / "steerable" / stage).glob("*/*/*/run.json"))
+        assert runs and all((run.parent / file).exists() for run in runs for file in files), stage
+    assert (folder / "probed.csv").exists() and (folder / "best_looks.csv").exists() and (folder / "review.csv").exists()

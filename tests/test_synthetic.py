@@ -16,7 +16,8 @@ from valuecot.data.views import asked, completion, prompts_file
 from valuecot.flow.plan import Job, Plan
 from valuecot.providers.cache import Cache, read_export
 from valuecot.settings import load
-from valuecot.steerable.traces import provenance, run_traces, shown_leaks, shown_passes
+from valuecot.steerable.traces import run_traces
+from valuecot.steerable.synthetic import provenance, run_synthetic, shown_leaks, shown_passes
 from valuecot.store import read_json, read_records, write_records
 from valuecot.teacher import star_bill
 from valuecot.teacher.asked import Quarantined, read_traces
@@ -37,14 +38,14 @@ def world(n: int = 12) -> list[Question]:
 
 
 def stage(tmp_path: Path, questions: list[Question], name: str, overrides: str = WITH) -> Run:
-    "A run of the stage traces over these questions."
+    "A run of the stage synthetic over these questions."
     folder = tmp_path / "prompts"
     write_records(folder / "questions.jsonl", questions)
     for view in ("", "answer"):
         write_records(prompts_file(folder, view), asked(questions, "value_kaleidoscope", view))
     plan = Plan("test", "steerable", overrides)
     (tmp_path / name).mkdir(exist_ok=True)
-    return Run("traces", "steerable", "test", "all", "all", "all", tmp_path / name, plan.reads(Job("steerable", "traces", dataset="value_kaleidoscope")), {"prompts/all-value_kaleidoscope/all/all": folder}, "", "value_kaleidoscope")
+    return Run("synthetic", "steerable", "test", "all", "all", "all", tmp_path / name, plan.reads(Job("steerable", "synthetic", dataset="value_kaleidoscope")), {"prompts/all-value_kaleidoscope/all/all": folder}, "", "value_kaleidoscope")
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +81,7 @@ def test_rows_from_elsewhere_are_guessed():
 def test_every_training_question_gets_a_reasoning_that_can_be_read_back(tmp_path):
     questions = world()
     run = stage(tmp_path, questions, "a")
-    traces = [t for t in run_traces(run) if t.style == "synthetic"]
+    traces = run_synthetic(run)
     train = {q.id: q for q in questions if q.split == "train"}
     assert [t.prompt_id for t in traces] == list(train) and {t.teacher for t in traces} == {"rules"}
     for t in traces:
@@ -96,7 +97,7 @@ def test_every_training_question_gets_a_reasoning_that_can_be_read_back(tmp_path
 
 def test_the_first_pass_in_the_replies_holds_no_gold(tmp_path):
     run = stage(tmp_path, world(), "a", WITH + "steerable.traces.hints=yes")
-    run_traces(run)
+    run_synthetic(run)
     kept = [request for part in read_export(run.out / "replies.jsonl.gz") for request, _ in part]
     first = [r for r in kept if "gold" not in r.parameters]
     rows = [json.loads(line) for line in (run.out / "star.jsonl").read_text().splitlines()]
@@ -110,14 +111,14 @@ def test_replies_come_back_byte_for_byte_with_the_network_off(tmp_path, monkeypa
     with server() as (root, told):
         teacher = f"{WITH} steerable.traces.teachers=local teacher.local.model=m teacher.local.base_url={root}/v1"
         first = stage(tmp_path, questions, "a", teacher)
-        run_traces(first)
+        run_synthetic(first)
         sent = told()["counts"]["requests"]
     (tmp_path / "theirs").mkdir()
     shutil.copy(first.out / "replies.jsonl.gz", tmp_path / "theirs")
     shutil.rmtree(tmp_path / "outputs")
     monkeypatch.setattr(socket.socket, "connect", lambda *a: pytest.fail("the network is off"))
     again = stage(tmp_path, questions, "b", teacher + f" steerable.traces.replies={tmp_path / 'theirs'}")
-    run_traces(again)
+    run_synthetic(again)
     files = sorted(p.name for p in first.out.iterdir())
     assert sent >= len([q for q in questions if q.split == "train"]) and {"star.jsonl", "aside.jsonl", "traces.jsonl", "passes.csv", "leaks.csv", "replies.jsonl.gz"} <= set(files)
     assert files == sorted(p.name for p in again.out.iterdir())
@@ -127,10 +128,10 @@ def test_replies_come_back_byte_for_byte_with_the_network_off(tmp_path, monkeypa
 
 def test_rules_are_not_asked_again_for_what_they_answered(tmp_path, monkeypatch):
     first = stage(tmp_path, world(), "a")
-    run_traces(first)
+    run_synthetic(first)
     monkeypatch.setattr(Verdicts, "ask", lambda *a: pytest.fail("asked again"))
     again = stage(tmp_path, world(), "b")
-    run_traces(again)
+    run_synthetic(again)
     assert all((again.out / p.name).read_bytes() == p.read_bytes() for p in first.out.iterdir())
 
 
@@ -138,24 +139,27 @@ def test_a_row_that_is_put_aside_stays_with_the_other_methods(tmp_path):
     from valuecot.stages.sft import sft_rows
 
     run = stage(tmp_path, [*world(), ODD], "a")
-    run_traces(run)
+    taught = run_synthetic(run)
     aside = read_records(run.out / "aside.jsonl", Quarantined)
     assert [(q.prompt_id, q.style, q.teacher) for q in aside] == [("odd", "synthetic", "rules")] and aside[0].reason.startswith("failed: ")
-    assert (run.out / "quarantine.jsonl").read_text() == "" and read_json(run.out / "record.json")["counts"]["put aside"] == 1
+    assert read_json(run.out / "record.json")["counts"]["put aside"] == 1
+    own = Run("traces", "steerable", "test", "all", "all", "all", tmp_path / "b", load("test"), run.inputs, "", "value_kaleidoscope")
+    own.out.mkdir()
+    run_traces(own)
     settings = load("test", WITH)
     for arm, has in (("sft", True), ("human-cot", True), ("synthetic-cot", False)):
-        prompts, traces = read_traces(tmp_path / "prompts", run.out, settings[f"arm.{arm}"].view)
-        rows, lacking = sft_rows(prompts, traces, settings[f"arm.{arm}"])
+        prompts, traces = read_traces(tmp_path / "prompts", own.out, settings[f"arm.{arm}"].view)
+        rows, lacking = sft_rows(prompts, taught if arm == "synthetic-cot" else traces, settings[f"arm.{arm}"])
         seen = any("riddle" in row["prompt"][-1]["content"] for row in rows)
         assert seen == has and (arm == "human-cot" or lacking == (not has)), arm
-    assert "odd" in {t.prompt_id for t in read_records(run.out / "traces.jsonl", Trace) if t.style == "practice"}
+    assert "odd" in {t.prompt_id for t in read_records(own.out / "traces.jsonl", Trace) if t.style == "practice"}
     with pytest.raises(ValueError, match="no teacher was asked for them; name synthetic-cot in steerable.design.arms"):
-        sft_rows(prompts, [t for t in traces if t.style != "synthetic"], settings["arm.synthetic-cot"])
+        sft_rows(prompts, traces, settings["arm.synthetic-cot"])
 
 
 def test_nothing_is_taught_where_everything_is_put_aside(tmp_path):
     with pytest.raises(RuntimeError, match="no reasoning came of 1 questions .*failed: .*nothing to learn from"):
-        run_traces(stage(tmp_path, [ODD], "a"))
+        run_synthetic(stage(tmp_path, [ODD], "a"))
 
 
 def test_rows_that_are_put_aside_have_no_leak():
@@ -163,19 +167,22 @@ def test_rows_that_are_put_aside_have_no_leak():
     assert provenance([row], [ODD])[0]["leak"] is None
 
 
-def test_nobody_is_asked_where_no_arm_learns_from_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(Verdicts, "ask", lambda *a: pytest.fail("asked for nothing"))
-    run = stage(tmp_path, world(), "a", "")
-    assert load("test")["steerable.traces"].teachers == () and not any(t.style == "synthetic" for t in run_traces(run))
-    assert not replies_path().exists() and (run.out / "star.jsonl").read_text() == "" and "nobody was asked" in shown_passes(run).text + shown_leaks(run).text
-    job = Job("steerable", "traces", dataset="value_kaleidoscope")
-    one, two, three = (Plan("test", "steerable", f"steerable.design.arms={arms}").key(job) for arms in ("sft,zero-shot", "sft", "sft,synthetic-cot"))
-    assert one == two != three, "only an arm that learns from teachers changes what the stage does"
+def test_teachers_touch_the_arms_that_learn_from_them_and_no_other():
+    def keys(change: str) -> dict[Job, dict]:
+        plan = Plan("test", "steerable", f"steerable.design.arms=sft,zero-shot,rlvr,{change}")
+        return {job: plan.key(job) for job in plan.jobs() if job.stage != "report"}
+
+    without, with_them, dearer = keys("human-cot"), keys("human-cot,synthetic-cot"), keys("human-cot,synthetic-cot steerable.traces.cap=7")
+    assert not any(job.stage == "synthetic" for job in without), "nobody is asked where no arm learns from it"
+    alone = {job for job in without if job.stage not in ("faithfulness", "moderation")}  # those look at every arm
+    assert all(without[job] == with_them[job] for job in alone)
+    changed = {(job.stage, job.arm) for job in with_them if with_them[job] != dearer[job]}
+    assert changed == {("synthetic", "all"), ("sft", "synthetic-cot"), ("answers", "synthetic-cot"), ("probes", "synthetic-cot"), ("faithfulness", "all"), ("moderation", "all")}
 
 
 def test_the_page_shows_both_passes(tmp_path):
     run = stage(tmp_path, world(), "a")
-    run_traces(run)
+    run_synthetic(run)
     assert shown_passes(run).text.count("<tr>") == 3 and "rationalised" in shown_leaks(run).text
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 from test_resume import PROMPTS, TRACES, same, start
@@ -55,13 +56,35 @@ def test_parted_models_are_refused_before_anything_runs(tmp_path, begin):
         do(parted)
 
 
-def test_the_best_is_flagged_beyond_chance_alone():
-    def found(values: list[float], n: int):
-        return best_look([{"step": i, "metric": "validation_accuracy", "value": v} for i, v in enumerate(values)], n)
+def found(values: list[float], n: int):
+    return best_look([{"step": i, "metric": "validation_accuracy", "value": v} for i, v in enumerate(values)], n)
 
+
+def test_the_best_is_flagged_beyond_chance_alone():
     assert found([0.5, 0.9, 0.5], 100).flagged and found([0.5, 0.9, 0.5], 100).step == 1
-    assert not found([0.5, 0.55, 0.5], 100).flagged and not found([0.1, 0.5, 0.9], 100).flagged
+    assert not found([0.5, 0.55, 0.5], 100).flagged and not found([0.1, 0.5, 0.9], 100).flagged and not found([0.5], 10).flagged
     assert found([0.9, 0.1, 0.9], 10).step == 0 and not found([0.9, 0.1, 0.9], 10).flagged, "the first of equals"
+
+
+@pytest.mark.parametrize("looks, n", [(21, 500), (9, 48), (5, 48)])
+def test_a_policy_that_does_not_change_is_hardly_ever_flagged(looks, n):
+    rng = np.random.default_rng(0)
+    flagged = np.mean([found((rng.binomial(n, 0.6, looks) / n).tolist(), n).flagged for _ in range(2000)])
+    assert flagged < 0.05 + 3 * (0.05 * 0.95 / 2000) ** 0.5
+    better = np.mean([found([*(rng.binomial(n, 0.6, looks - 2) / n), 0.95, 0.6], n).flagged for _ in range(200)])
+    assert better == 1.0
+
+
+def test_stop_strings_hold_for_looks_too(begin, tmp_path):
+    seen = []
+    import valuecot.training.validation as module
+
+    look, module.complete = module.complete, lambda *a, stop, **more: seen.append(stop) or [("Answer: A", 3, False)] * len(ASKED.prompts)
+    try:
+        do(work_of("sft", begin, tmp_path, replace(ASKED, stop=("###",))))
+    finally:
+        module.complete = look
+    assert set(seen) == {("###",)} and len(seen) == 4
 
 
 def test_no_points_no_looks():

@@ -27,7 +27,7 @@ BLIND_TASK = {
 NAMES = {"value": ("Situation", "Value"), "demographic": ("Question", "Group")}
 REASON = 'Reason step by step in one paragraph. Then give the letter of one option on a line of its own after "Answer:".'
 LETTER = 'Give nothing but the letter of one option after "Answer:".'
-VIEWS = ("", "answer", "blind", "blind-answer", "scenario-blind")  # "": reasoning, then a letter
+VIEWS = ("", "answer", "blind", "blind-answer", "scenario-blind-answer")  # "": reasoning, then a letter
 
 
 def worded(question: Question, view: str = "") -> str:
@@ -37,7 +37,7 @@ def worded(question: Question, view: str = "") -> str:
     scenario, perspective = NAMES[question.kind]
     blind = view.startswith("blind")
     lines = [(BLIND_TASK if blind else TASK)[question.kind] + " " + (LETTER if view.endswith("answer") else REASON), ""]
-    lines += [] if view == "scenario-blind" else [f"{scenario}: {question.scenario}"]
+    lines += [] if view == "scenario-blind-answer" else [f"{scenario}: {question.scenario}"]
     lines += [] if blind else [f"{perspective}: {question.perspective}"]
     return "\n".join([*lines, "Options:", question.listed])
 

@@ -30,7 +30,7 @@ class Stage:
     name: str
     levels: tuple[str, ...] = ()  # of "model", "dataset", "arm", "seed": one run for each combination
     reads: tuple[str, ...] = ()  # settings sections; {model}, {dataset}, {arm}, {study} are filled in, {arms} of the design, {registry} of all arms, {teachers} give one for each, {section.key} each entry of that setting that names such a section; "...?" where the study has it
-    inputs: tuple[str, ...] = ()  # stages needed first; "sft|base_model" takes the first that this arm has, "reward_model@judge" is for arms that are rewarded so, "base_model:section.key" one for each model.<name> in that setting
+    inputs: tuple[str, ...] = ()  # stages needed first; "sft|base_model" takes the first that this arm has, "name@word" is for arms whose reward or style of traces is that word, "base_model:section.key" one for each model.<name> in that setting
     only: str = ""  # field of Arm: arms where it is empty skip the stage
     same: tuple[str, ...] = ()  # fields of Arm: arms that agree in all of them share one run, under the name of the first in settings.ini
     like: str = ""  # arm whose start a stage takes that has no arms
@@ -169,8 +169,8 @@ class Plan(Study):
         "Stages that must be complete before `job`."
         found = []
         for name in self.stages[job.stage].inputs:
-            name, _, reward = name.partition("@")
-            if ":" in name or (reward and self.settings[f"arm.{job.arm}"].reward != reward):
+            name, _, word = name.partition("@")
+            if ":" in name or (word and word not in (self.settings[f"arm.{job.arm}"].reward, self.settings[f"arm.{job.arm}"].sft)):
                 continue
             options = [self.stages[n] for n in name.split("|")]
             found += [s for s in options if self.runs(s, job.arm if "arm" in s.levels else "all", job.dataset)][:1]

@@ -13,6 +13,7 @@ from ..data.splits import share
 from ..flow.plan import Stage
 from ..flow.run import finish
 from ..settings import for_arm
+from ..store import read_records
 from ..teacher.asked import read_traces
 from ..teacher.styles import ASKED
 from ..training.checkpoints import save_history, stored_parameters, training_key, workplace
@@ -22,7 +23,7 @@ from ..training.validation import validation_of
 from ..types import Arm, Checkpoint, Prompt, Run, Trace
 
 # %% ../../nbs/stages/20_sft.ipynb #dbf31b07
-stage = Stage("sft", levels=("model", "dataset", "arm", "seed"), reads=("{study}.sft", "arm.{arm}", "machine", "{study}.validation?", "{study}.sampling?"), inputs=("prompts", "traces", "base_model"), only="sft", same=("sft", "thinking", "fraction", "answer_weight", "view", "start", "reasoning", "changes"))
+stage = Stage("sft", levels=("model", "dataset", "arm", "seed"), reads=("{study}.sft", "arm.{arm}", "machine", "{study}.validation?", "{study}.sampling?"), inputs=("prompts", "traces", "synthetic@synthetic", "base_model"), only="sft", same=("sft", "thinking", "fraction", "answer_weight", "view", "start", "reasoning", "changes"))
 
 # %% ../../nbs/stages/20_sft.ipynb #9b14d3a6
 def first_words(text: str, part: float) -> str:
@@ -49,7 +50,7 @@ def sft_rows(prompts: list[Prompt], traces: list[Trace], arm: Arm) -> tuple[list
     wanted = share([p for p in prompts if p.split == "sft"], arm.fraction)
     lacking = [p.id for p in wanted if p.id not in written]
     if lacking and (arm.sft in ASKED or len(lacking) == len(wanted)):
-        asks = f": no teacher was asked for them; name {arm.name} in steerable.design.arms and run the stage traces again" if arm.sft == "synthetic" else ""
+        asks = f": no teacher was asked for them; name {arm.name} in steerable.design.arms and run `make study` again" if arm.sft == "synthetic" else ""
         raise ValueError(f"{len(lacking)} of {len(wanted)} SFT prompts have no {arm.sft} trace, first {lacking[0]!r}{asks}")
     return [conversation(p, shortened(written[p.id], arm.reasoning), arm.thinking) for p in wanted if p.id in written], len(lacking)
 
@@ -59,6 +60,8 @@ def run_sft(run: Run) -> Checkpoint:
     arm, device = run.settings[f"arm.{run.arm}"], str(fix(run.seed))
     settings = for_arm(run.settings, run.study, "sft", arm).of(run.dataset)
     prompts, traces = read_traces(run.folder("prompts"), run.folder("traces"), arm.view)
+    if arm.sft == "synthetic":  # a stage of its own, so that its teachers touch no other arm
+        traces = read_records(run.folder("synthetic") / "traces.jsonl", Trace)
     rows, lacking = sft_rows(prompts, traces, arm)
     work = Work("sft", run.policy, run.out / "model", workplace(run), rows, asdict(settings), arm.thinking, run.seed, training_key(run), arm.answer_weight, machine=run.settings["machine"], validation=validation_of(run, arm))
     steps = save_history(train(work), run.out / "history.jsonl")

@@ -56,8 +56,8 @@ def best_looks(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (name, model, benchmark, arm, seed), own in table.groupby(["training", "model", "benchmark", "arm", "seed"], sort=False):
         found = best_look([{"step": r.step, "metric": "validation_accuracy", "value": r.accuracy} for r in own.itertuples()], int(own["n"].iloc[0]))
-        rows.append({"training": name, "model": model, "benchmark": benchmark, "arm": arm, "seed": seed, "rows": found.n, "last": found.last_accuracy, "se": found.se, "updates": found.last_step, "best": found.accuracy, "at update": found.step, "better than the last by 2 SE": found.flagged})
-    return pd.DataFrame(rows, columns=["training", "model", "benchmark", "arm", "seed", "rows", "last", "se", "updates", "best", "at update", "better than the last by 2 SE"])
+        rows.append({"training": name, "model": model, "benchmark": benchmark, "arm": arm, "seed": seed, "rows": found.n, "last": found.last_accuracy, "se": found.se, "updates": found.last_step, "best": found.accuracy, "at update": found.step, "better beyond chance": found.flagged})
+    return pd.DataFrame(rows, columns=["training", "model", "benchmark", "arm", "seed", "rows", "last", "se", "updates", "best", "at update", "better beyond chance"])
 
 # %% ../../nbs/steerable/74_efficiency.ipynb #17f58379
 def shown_looks(run: Run, table: pd.DataFrame) -> pd.DataFrame:
@@ -65,7 +65,7 @@ def shown_looks(run: Run, table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame([
         {
             "training": f"{named(run.settings, {'model': r['model'], 'arm': r['arm'], 'seed': r['seed']})}, {r['benchmark'].replace('_', ' ')}", "rows": r["rows"], "last ± SE": f"{100 * r['last']:.1f} ± {100 * r['se']:.1f}", "updates": r["updates"],
-            "best": f"{100 * r['best']:.1f}", "at update": r["at update"], "better by 2 SE": "yes" if r["better than the last by 2 SE"] else "no",
+            "best": f"{100 * r['best']:.1f}", "at update": r["at update"], "beyond chance": "yes" if r["better beyond chance"] else "no",
         } for r in table.to_dict("records")
     ])  # fmt: skip
 

@@ -127,7 +127,7 @@ def check(settings: Settings) -> str:  # nothing, or an error
     if not unable(settings, "steerable") or settings["steerable.traces"].replies:
         return ""
     plan = Plan(settings.profile, "steerable", settings.overrides)
-    left = tuple(d for d in settings["steerable.design"].datasets if why(plan, Job("steerable", "traces", dataset=d)))
+    left = tuple(d for d in settings["steerable.design"].datasets if why(plan, Job("steerable", "synthetic", dataset=d)))
     if not left:
         return ""
     design = replace(settings["steerable.design"], datasets=left)
@@ -135,7 +135,8 @@ def check(settings: Settings) -> str:  # nothing, or an error
     if remarks and replies_path().exists():  # which replies are kept cannot be told without the rows
         return ""
     if lost := in_the_way(settings, rows, "steerable"):
-        raise ValueError("; ".join(map(str, lost)))
+        others = ",".join(a for a in settings["steerable.design"].arms if settings[f"arm.{a}"].sft != "synthetic")
+        raise ValueError("; ".join(map(str, lost)) + f". Or leave synthetic CoT out, and the report says that it was not run: SET=\"steerable.design.arms={others}\"")
     return ""
 
 # %% ../../nbs/teacher/54_star_bill.ipynb #102517ff

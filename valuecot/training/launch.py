@@ -56,7 +56,7 @@ def read_work(path: Path) -> Work:
     "Undo `write_json`."
     row = read_json(path)
     paths = {name: row[name] and Path(row[name]) for name in ("model", "save", "place", "judge")}
-    asked = row.get("validation") and Validation(**row["validation"] | {name: tuple(row["validation"][name]) for name in ("prompts", "golds")})
+    asked = row.get("validation") and Validation(**row["validation"] | {name: tuple(row["validation"][name]) for name in ("prompts", "golds", "stop")})
     return Work(**row | paths | {"machine": Machine(**row["machine"]), "validation": asked})
 
 # %% ../../nbs/training/57_launch.ipynb #1140ae14

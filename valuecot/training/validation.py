@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from transformers import TrainerCallback
@@ -18,7 +19,7 @@ from .sampling import complete
 from ..types import Arm, Run, Shown
 
 # %% auto #0
-__all__ = ['Validation', 'Validate', 'validation_of', 'Best', 'best_look']
+__all__ = ['Validation', 'Validate', 'validation_of', 'Best', 'beyond_chance', 'best_look']
 
 # %% ../../nbs/training/62_validation.ipynb #81c107b2
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Validation(Shown):
     top_k: int
     longest: int  # new tokens
     batch_size: int  # memory only
+    stop: tuple[str, ...] = ()  # strings that end a completion
 
     def __post_init__(self):
         if len(self.prompts) != len(self.golds) or not self.prompts:
@@ -65,7 +67,7 @@ class Validate(TrainerCallback):
         a, learns = self.asked, model.training
         model.eval()
         with torch.random.fork_rng():
-            written = complete(model, self.tokenizer, self.texts, a.longest, a.temperature, a.batch_size, 0, a.top_p, a.top_k)
+            written = complete(model, self.tokenizer, self.texts, a.longest, a.temperature, a.batch_size, 0, a.top_p, a.top_k, stop=a.stop)
         model.train(learns)
         letters = [parse_answer(text) for text, _, _ in written]
         right = sum(x == g for x, g in zip(letters, a.golds, strict=True)) / len(letters)
@@ -81,7 +83,7 @@ def validation_of(run: Run, arm: Arm) -> Validation | None:  # None: the study h
     if not prompts:
         raise ValueError(f"{run.study}.validation.points = {settings.points}, but there are no validation rows: set it to 0")
     how = run.settings[f"{run.study}.sampling"]
-    return Validation(tuple(p.text for p in prompts), tuple(p.gold for p in prompts), settings.points, how.temperature, how.top_p, how.top_k, how.max_completion_length, settings.batch_size)
+    return Validation(tuple(p.text for p in prompts), tuple(p.gold for p in prompts), settings.points, how.temperature, how.top_p, how.top_k, how.max_completion_length, settings.batch_size, how.stops)
 
 # %% ../../nbs/training/62_validation.ipynb #81c107b2-2
 @dataclass(frozen=True)
@@ -92,13 +94,17 @@ class Best(Shown):
     accuracy: float
     last_step: int
     last_accuracy: float
-    se: float  # of one look, over its rows
+    se: float  # of the last look, over its rows
     n: int  # rows
+    flagged: bool  # better than the last beyond chance
 
-    @property
-    def flagged(self) -> bool:
-        "Whether an earlier look was better by more than two standard errors."
-        return self.accuracy - self.last_accuracy > 2 * self.se
+
+def beyond_chance(best: float, last: float, n: int, looks: int) -> bool:
+    "Whether the best of `looks` is better than the last of them, each a share of the same `n` rows."
+    if looks < 2:
+        return False
+    middle = (best + last) / 2
+    return best - last > NormalDist().inv_cdf(1 - 0.05 / (looks - 1)) * (2 * middle * (1 - middle) / n) ** 0.5
 
 
 def best_look(history: list[dict], n: int) -> Best | None:  # None: nobody looked
@@ -108,4 +114,4 @@ def best_look(history: list[dict], n: int) -> Best | None:  # None: nobody looke
         return None
     step, accuracy = max(looks, key=lambda look: (look[1], -look[0]))
     last = looks[-1]
-    return Best(step, accuracy, *last, (last[1] * (1 - last[1]) / n) ** 0.5, n)
+    return Best(step, accuracy, *last, (last[1] * (1 - last[1]) / n) ** 0.5, n, beyond_chance(accuracy, last[1], n, len(looks)))
