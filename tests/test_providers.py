@@ -34,6 +34,7 @@ from valuecot.providers.prices import Price, usd
 from valuecot.providers.requests import Failed, Failure, Reply, Request, as_request, canonical
 from valuecot.providers.structured import Malformed, read
 from valuecot.providers.wire import WIRES, read_reply
+from valuecot.settings import load
 from valuecot.teacher.asked import Desk, Quarantined, by_reason, collect, commonest, outcome, wanted, with_traces
 from valuecot.teacher.audit import audit
 from valuecot.teacher.rules import write_trace
@@ -718,7 +719,6 @@ def test_different_reasons_are_counted_apart_and_kept_whole():
 
 
 def test_the_ledger_names_what_went_wrong(cache):
-    from valuecot.settings import load
     from valuecot.teacher.desks import backends, questions, teachers_of
 
     settings = load("tiny")
@@ -869,7 +869,6 @@ def test_what_a_gateway_breaks_off_may_have_been_paid_for():
 
 
 def test_two_teachers_that_ask_one_model_in_two_ways_are_refused():
-    from valuecot.settings import load
     from valuecot.teacher.desks import backends
 
     one = replace(load("tiny")["teacher.rules"], provider="server", model="m", base_url="http://localhost:1/v1")
@@ -886,7 +885,6 @@ def test_a_batch_costs_what_the_settings_say_and_nothing_less_by_itself():
 
 @pytest.mark.parametrize("name", ["rules", "transformers"])
 def test_an_effort_that_nobody_makes_is_refused_before_anything_is_asked(name):
-    from valuecot.settings import load
 
     with pytest.raises(ValueError, match=f"effort = low does nothing with provider = {name}"):
         load("tiny", f"teacher.{name}.effort=low")
@@ -915,7 +913,6 @@ def billed(tmp_path, monkeypatch, capsys):
 
 
 def test_a_key_or_folder_that_will_be_missing_is_told_before_a_study_begins(billed, tmp_path, monkeypatch):
-    from valuecot.settings import load
     from valuecot.teacher.bill import planned_prompts
     from valuecot.teacher.desks import questions, replies_path
 
@@ -935,7 +932,6 @@ def test_a_key_or_folder_that_will_be_missing_is_told_before_a_study_begins(bill
 
 def test_a_reply_that_was_refused_and_paid_for_is_no_question_left(billed):
     "The stage puts it aside and asks nobody again; what was refused for free is asked again, where somebody can be."
-    from valuecot.settings import load
     from valuecot.teacher.bill import planned_prompts
     from valuecot.teacher.desks import estimate, questions, replies_path, teachers_of
 
@@ -977,7 +973,6 @@ def test_a_plan_says_what_it_downloads_and_whether_the_cap_is_wide_enough(billed
 
 
 def test_a_folder_of_a_model_has_the_same_name_with_and_without_it(tmp_path):
-    from valuecot.settings import load
     from valuecot.teacher.desks import model_name
 
     model = replace(load("tiny")["teacher.transformers"], model=str(tmp_path / "mine"))
@@ -1045,7 +1040,6 @@ def test_a_study_whose_teachers_all_refuse_stops_and_says_why(prompts_only, tmp_
 
 
 def test_the_rules_answer_as_any_teacher_and_write_what_they_always_wrote(cache):
-    from valuecot.settings import load
     from valuecot.teacher.desks import backends, questions, teachers_of
 
     settings, prompts = load("tiny"), generate(40, seed=3)
