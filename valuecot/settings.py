@@ -23,9 +23,9 @@ from .types import Arm
 # %% auto #0
 __all__ = ['records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Weights', 'Data', 'Design', 'Traces', 'TeacherModel',
            'SFT', 'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'ModelShape', 'Machine', 'BaseModel',
-           'Steerable', 'Sampling', 'SteerableTraces', 'Validated', 'Prompted', 'Pluralism', 'Probes', 'Faithfulness',
-           'Moderation', 'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast', 'published', 'read_file', 'notes',
-           'optional', 'put', 'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'check_teachers',
+           'Steerable', 'Drawn', 'Sampling', 'Validated', 'SteerableTraces', 'Prompted', 'Pluralism', 'Probes',
+           'Faithfulness', 'Moderation', 'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast', 'published', 'read_file',
+           'notes', 'optional', 'put', 'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'check_teachers',
            'check_named', 'for_arm', 'needed_alone', 'tell']
 
 # %% ../nbs/01_settings.ipynb #8ad55607
@@ -334,24 +334,39 @@ class Steerable:
     survey_questions: int = 0  # embedded
 
 
-@dataclass(frozen=True)
-class Sampling:
-    "[steerable.sampling]"
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    "How completions are drawn."
 
     temperature: float
     top_p: float
     top_k: int
-    judge_temperature: float
-    samples: int  # of each row
-    batch_size: int
     max_completion_length: int
-    engine: Literal["transformers", "vllm"] = "transformers"  # who generates
+    batch_size: int
     stop: tuple[str, ...] = ()  # texts that end a completion and are no part of it; () for none
 
     @property
     def stops(self) -> tuple[str, ...]:
         "The same, with a line end for each \\n."
         return tuple(text.replace("\\n", "\n") for text in self.stop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(Drawn):
+    "[steerable.sampling]: answers to the test rows."
+
+    judge_temperature: float
+    samples: int  # of each row
+    engine: Literal["transformers", "vllm"] = "transformers"  # who generates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validated(Drawn):
+    "[steerable.validation]: how often a policy is asked validation rows while it learns; apart from the answers, so that these can change without a training."
+
+    points: int  # besides the one before the first update; 0: never
+    rows: int  # drawn once for all arms; 0: all
+
 
 # %% ../nbs/01_settings.ipynb #f3d4256b
 @dataclass(frozen=True)
@@ -369,16 +384,6 @@ class SteerableTraces:
     def __post_init__(self):
         if not 0 < self.top_p <= 1:
             raise ValueError(f"steerable.traces.top_p = {self.top_p}: a share of the probability, above 0 and at most 1 (1 leaves it out)")
-
-
-# %% ../nbs/01_settings.ipynb #822bff0f
-@dataclass(frozen=True)
-class Validated:
-    "[steerable.validation]: how often a policy is asked validation rows while it learns."
-
-    points: int  # besides the one before the first update; 0: never
-    rows: int  # drawn once for all arms; 0: all
-    batch_size: int
 
 
 # %% ../nbs/01_settings.ipynb #6d1895c9

@@ -25,7 +25,7 @@ from ..training.validation import validation_of
 from ..types import Checkpoint, Run
 
 # %% ../../nbs/stages/40_grpo.ipynb #ed96d5b6
-stage = Stage("grpo", levels=("model", "dataset", "arm", "seed"), reads=("{study}.grpo", "{study}.reward_model?", "arm.{arm}", "machine", "{study}.validation?", "{study}.sampling?"), inputs=("prompts", "reward_model@judge", "sft|base_model"), only="grpo")
+stage = Stage("grpo", levels=("model", "dataset", "arm", "seed"), reads=("{study}.grpo", "{study}.reward_model?", "arm.{arm}", "machine", "{study}.validation?"), inputs=("prompts", "reward_model@judge", "sft|base_model"), only="grpo")
 
 # %% ../../nbs/stages/40_grpo.ipynb #fb17a067
 def run_grpo(run: Run) -> Checkpoint:

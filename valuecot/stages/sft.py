@@ -23,7 +23,7 @@ from ..training.validation import validation_of
 from ..types import Arm, Checkpoint, Prompt, Run, Trace
 
 # %% ../../nbs/stages/20_sft.ipynb #dbf31b07
-stage = Stage("sft", levels=("model", "dataset", "arm", "seed"), reads=("{study}.sft", "arm.{arm}", "machine", "{study}.validation?", "{study}.sampling?"), inputs=("prompts", "traces", "synthetic@synthetic", "base_model"), only="sft", same=("sft", "thinking", "fraction", "answer_weight", "view", "start", "reasoning", "changes"))
+stage = Stage("sft", levels=("model", "dataset", "arm", "seed"), reads=("{study}.sft", "arm.{arm}", "machine", "{study}.validation?"), inputs=("prompts", "traces", "synthetic@synthetic", "base_model"), only="sft", same=("sft", "thinking", "fraction", "answer_weight", "view", "start", "reasoning", "changes"))
 
 # %% ../../nbs/stages/20_sft.ipynb #9b14d3a6
 def first_words(text: str, part: float) -> str:

@@ -82,8 +82,7 @@ def validation_of(run: Run, arm: Arm) -> Validation | None:  # None: the study h
     prompts = drawn([p for p in read_prompts(run.folder("prompts"), arm.view) if p.split == "validation"], settings.rows, seed=0)
     if not prompts:
         raise ValueError(f"{run.study}.validation.points = {settings.points}, but there are no validation rows: set it to 0")
-    how = run.settings[f"{run.study}.sampling"]
-    return Validation(tuple(p.text for p in prompts), tuple(p.gold for p in prompts), settings.points, how.temperature, how.top_p, how.top_k, how.max_completion_length, settings.batch_size, how.stops)
+    return Validation(tuple(p.text for p in prompts), tuple(p.gold for p in prompts), settings.points, settings.temperature, settings.top_p, settings.top_k, settings.max_completion_length, settings.batch_size, settings.stops)
 
 # %% ../../nbs/training/62_validation.ipynb #81c107b2-2
 @dataclass(frozen=True)
