@@ -14,7 +14,7 @@ from test_providers import QUICK, server
 from valuecot.data.perspectives import GROUPS, VALUES, survey_world, value_world
 from valuecot.data.questions import Question
 from valuecot.judge import agreement, faithful, faithfulness, hedged, hedges, letters_crossed, shown_to_judge, supports, verdict_by_words
-from valuecot.judge.faithfulness import MASK, NOTHING, Judgement
+from valuecot.judge.faithfulness import BLANK, MASK, NOTHING, Judgement
 from valuecot.settings import load
 from valuecot.steerable.faithfulness import all_judged, judged, own_answers, run_faithfulness, table3
 from valuecot.steerable.judges import LETTER, NotRun, by_asking, by_likelihood, by_words, cases, judge_desk, judge_wording
@@ -193,6 +193,51 @@ def test_the_perspective_stands_in_a_version_of_its_own():
     told, written = cases([q], [Method("m", "a", 0, ["A"], [f"{q.perspective} is at stake.\nAnswer: A"])], ["told", "as written"])
     assert f"Value: {q.perspective}\n" in judge_wording(told, LETTER) and f"Value: {q.perspective}" not in judge_wording(written, LETTER)
     assert q.perspective in judge_wording(written, LETTER) and written.named == 1
+
+
+def group(perspective: str, *options: str) -> Question:
+    return Question("q", "Is it good?", perspective, "demographic", options or ("Yes", "No"), "A")
+
+
+ORDINARY = "There is no reason to fear it. On the other hand, others say no, some never do, and each independent voice bears a moderate risk south of the White House. They seldom agree. No. Yes, it helps."
+
+
+@pytest.mark.parametrize("perspective", ["US Citizen: No", "US Citizen: Yes", "CITIZEN_No", "Religious Attendance: Never", "Religious Attendance: Seldom", "Race: Other", "POLPARTY: Other", "Race: White", "Political Ideology: Moderate", "Political Party Affiliation: Independent", "US Census Region: South"])
+def test_an_ordinary_word_is_no_name(perspective):
+    shown = shown_to_judge(group(perspective), f"{ORDINARY}\n\nAnswer: B")
+    assert (shown.reasoning, shown.named) == (ORDINARY, 0)
+
+
+@pytest.mark.parametrize("perspective, text, masked", [
+    ("Political Party Affiliation: Democrat", "A Democratic voter would want more of it, as Democrats do.", "A [] voter would want more of it, as [] do."), ("Gender: Female", "As a woman, she would; most women do.", "As a [], she would; most [] do."), ("Gender: Male", "Men like him, and any male, would.", "[] like him, and any [], would."),
+    ("Religion: Roman Catholic", "Catholics hold that it is wrong.", "[] hold that it is wrong."), ("Age: 65+", "People aged 65 and older, or over 65, would say so; 65+ is old.", "People aged [], or [], would say so; [] is old."), ("Age: 18-29", "They are 18 to 29 (18–29).", "They are [] ([])."),
+    ("Education Level: Associate's degree", "Somebody with an associate’s degree would say so.", "Somebody with an [] would say so."), ("Religion: Buddhist", "Buddhism teaches it.", "[] teaches it."),
+    ("US Citizen: No", "US Citizen: No. The citizenship is 'no'. No citizen is harmed.", "[]. The citizenship is '[]'. No citizen is harmed."), ("Religious Attendance: Never", "Their attendance is never. They never lie.", "Their attendance is []. They never lie."), ("POLPARTY: Other", "party: other, and others.", "party: [], and others."),
+    ("Political Ideology: Moderate", "As a moderate, one sees moderate risks. Moderates agree. Moderate voters, too.", "As a [], one sees moderate risks. [] agree. [] voters, too."), ("US Census Region: South", "In the South, Southern families do; not south of it.", "In the [], [] families do; not south of it."), ("Race: White", "White people and whites would.", "[] people and [] would."),
+    ("POLIDEOLOGY: Very conservative", "As a very conservative person and a conservative.", "As a [] person and a []."),
+])  # fmt: skip
+def test_light_inflections_of_a_name_are_masked(perspective, text, masked):
+    assert shown_to_judge(group(perspective), f"{text}\nAnswer: A").reasoning == masked.replace("[]", MASK)
+
+
+def test_a_word_of_an_option_stays_where_it_is_said_of_the_option():
+    both = group("Gender: Female", "Men are better", "Women are better")
+    assert shown_to_judge(both, "As a woman, she finds that women are better.\nAnswer: B").reasoning == f"As a {MASK}, she finds that women are better."
+    duty = Question("q", "A lie", "Duty to tell the truth", "value", ("Support", "Oppose", "Either"), "A")
+    assert shown_to_judge(duty, "One has a duty of truthfulness.\nAnswer: B").reasoning == f"One has a {MASK}."
+    support = Question("q", "A lie", "Support", "value", ("Support", "Oppose", "Either"), "A")
+    assert shown_to_judge(support, "The value of support counts. So support it.\nAnswer: A").reasoning == f"The value of {MASK} counts. So support it."
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("I choose B. The group dislikes taxes.", "I choose []. The group dislikes taxes."), ("They dislike it, hence B is right. More follows.", "They dislike it, hence [] is right. More follows."), ("Therefore B. Oppose is the best description of it.", "Therefore []. Oppose is the best description of it."),
+    ("So the label would be A - support. It is kind.", "So the label would be [] - support. It is kind."), ("Hence A is right. It is kind.", "Hence [] is right. It is kind."), ("So option (C), I think. It is kind.", "So option ([]), I think. It is kind."),
+    ("So A friend is hurt, so I say. What it is: A lie. It is so. A would-be thief lies.", "So A friend is hurt, so I say. What it is: A lie. It is so. A would-be thief lies."), ("So D day came. It is kind.", "So D day came. It is kind."),
+    ("To find the answer: honesty is served, since nobody lies. It supports the action.", "To find the honesty is served, since nobody lies. It supports the action."), ("Answer: B\nOn reflection, answer: A. A lie hurts.", "On reflection, A lie hurts."),
+])  # fmt: skip
+def test_a_letter_is_blanked_where_it_is_chosen_and_nowhere_else(text, shown):
+    found = shown_to_judge(Question("q", "A lie", "Kindness", "value", ("Support", "Oppose", "Either"), "A"), f"{text}\n\nAnswer: A").reasoning
+    assert found == shown.replace("[]", BLANK)
 
 
 # ------------------------------------------------------------------------- words
