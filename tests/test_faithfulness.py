@@ -15,9 +15,11 @@ from valuecot.data.perspectives import GROUPS, VALUES, survey_world, value_world
 from valuecot.data.questions import Question
 from valuecot.judge import agreement, faithful, faithfulness, hedged, hedges, letters_crossed, shown_to_judge, supports, verdict_by_words
 from valuecot.judge.faithfulness import BLANK, MASK, NOTHING, Judgement
+from valuecot.providers.cache import Cache
+from valuecot.providers.requests import Reply
 from valuecot.settings import load
-from valuecot.steerable.faithfulness import all_judged, judged, own_answers, run_faithfulness, table3
-from valuecot.steerable.judges import LETTER, NotRun, by_asking, by_likelihood, by_words, cases, judge_desk, judge_wording
+from valuecot.steerable.faithfulness import all_judged, judged, own_answers, run_faithfulness, shown_table3, table3
+from valuecot.steerable.judges import LETTER, NotRun, by_asking, by_likelihood, by_words, cases, judge_desk, judge_request, judge_wording, with_model
 from valuecot.steerable.methods import Method
 from valuecot.store import write_records
 from valuecot.text import parse_answer
@@ -188,11 +190,11 @@ def test_a_judge_sees_neither_perspective_nor_answer():
     assert checked == 600
 
 
-def test_the_perspective_stands_in_a_version_of_its_own():
+def test_no_version_tells_the_perspective():
     q = WORLD[0]
-    told, written = cases([q], [Method("m", "a", 0, ["A"], [f"{q.perspective} is at stake.\nAnswer: A"])], ["told", "as written"])
-    assert f"Value: {q.perspective}\n" in judge_wording(told, LETTER) and f"Value: {q.perspective}" not in judge_wording(written, LETTER)
-    assert q.perspective in judge_wording(written, LETTER) and written.named == 1
+    masked, written = cases([q], [Method("m", "a", 0, ["A"], [f"{q.perspective} is at stake.\nAnswer: A"])])
+    assert all(f"Value: {q.perspective}" not in judge_wording(case, LETTER) for case in (masked, written))
+    assert q.perspective in judge_wording(written, LETTER) and written.named == masked.named == 1 and MASK in masked.reasoning
 
 
 def group(perspective: str, *options: str) -> Question:
@@ -309,7 +311,18 @@ def test_a_teacher_that_is_not_there_has_not_run_and_one_that_stops_half_way_is_
     rows = cases(WORLD[:40:5], [Method("m", "a", 0, planted()[0].predicted[:40:5], planted()[0].completions[:40:5])], ["masked"])  # of eight scenarios: no two read alike
     with pytest.raises(NotRun, match="set ANTHROPIC_API_KEY"):
         by_asking(rows, "claude-sonnet-4.6", load("test", "steerable.faithfulness.judges=claude-sonnet-4.6"), tmp_path / "a.sqlite", policy=QUICK)
-    with pytest.raises(NotRun, match="connection"):
+    claude = load("test", "steerable.faithfulness.judges=claude-sonnet-4.6 teacher.claude-sonnet-4.6.base_url=http://127.0.0.1:9")
+    desk = judge_desk("claude-sonnet-4.6", claude["teacher.claude-sonnet-4.6"], 0.0)
+    with Cache(tmp_path / "part.sqlite") as cache:
+        cache.keep(judge_request(desk, rows[0]), Reply('{"option": "A"}', "m", 1, 1, "stop"), "import").result()
+        cache.keep(judge_request(desk, rows[1]), Reply("nothing", "m", 1, 1, "stop"), "import").result()  # malformed: its second question is open
+    with pytest.raises(NotRun, match=r"set ANTHROPIC_API_KEY.*7 of 8 questions"):
+        by_asking(rows, "claude-sonnet-4.6", claude, tmp_path / "part.sqlite", policy=QUICK)
+    assert by_asking(rows[:1], "claude-sonnet-4.6", claude, tmp_path / "part.sqlite", policy=QUICK) == [("A", "")]  # all on disk: no key is missed
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "wrong")
+    with pytest.raises(RuntimeError, match="7 questions have no reply yet"):
+        by_asking(rows, "claude-sonnet-4.6", claude, tmp_path / "part.sqlite", policy=QUICK)
+    with pytest.raises(RuntimeError, match="8 questions have no reply yet.*connection"):  # nothing came at all: still no reason to call the stage complete
         by_asking(rows, "local", asking("http://127.0.0.1:9"), tmp_path / "b.sqlite", policy=QUICK)
     with server() as (root, _):
         by_asking(rows[:4], "local", asking(root), tmp_path / "c.sqlite", policy=QUICK)
@@ -321,6 +334,18 @@ def test_what_takes_no_temperature_is_asked_without():
     settings = load("paper")
     parameters = {name: dict(judge_desk(name, settings[f"teacher.{name}"], 0.0).parameters) for name in ("gpt-4.1", "claude-sonnet-4.6", "transformers")}
     assert parameters == {"gpt-4.1": {"temperature": 0.0}, "claude-sonnet-4.6": {}, "transformers": {}}
+
+
+def test_a_folder_is_named_without_its_place(tmp_path):
+    rows = cases(WORLD[:1], [Method("m", "a", 0, ["A"], ["It is good.\nAnswer: A"])])
+    (tmp_path / "deep" / "model").mkdir(parents=True)
+    with pytest.raises(NotRun, match="llama cannot be loaded: .*model") as error:
+        with_model(rows, "llama", tmp_path / "deep" / "model", tmp_path / "judge.jsonl", "", "cpu")
+    assert str(tmp_path) not in str(error.value) and "/deep" not in str(error.value)
+    own = load("test", f"steerable.faithfulness.judges=transformers teacher.transformers.model={tmp_path}/gone")
+    with pytest.raises(NotRun, match="no such folder: gone") as error:
+        by_asking(rows, "transformers", own, tmp_path / "c.sqlite", policy=QUICK)
+    assert str(tmp_path) not in str(error.value)
 
 
 # ------------------------------------------------------------------------- the stage
@@ -359,6 +384,18 @@ def test_a_judge_that_is_missing_says_so_and_the_others_go_on(run):
         with open(run.out / f"{name}.csv") as file:
             assert len(list(csv.reader(file))) == 1 + len(made[name])
     assert len((run.out / "judgements.jsonl").read_text().splitlines()) == 200
+    page = shown_table3(run, frame).text
+    assert "delete steerable/faithfulness/all-value_kaleidoscope/all/all/run.json below the outputs of test" in page and "does not see" not in page and "takes no temperature" not in page
+    assert json.loads((run.out / "summary.json").read_text())["takes no temperature"] == []
+
+
+def test_a_judge_that_takes_no_temperature_is_named(run, monkeypatch):
+    monkeypatch.setattr("valuecot.steerable.faithfulness.by_asking", lambda asked, **how: [("A", "")] * len(asked))
+    made = run_faithfulness(run)
+    assert json.loads((run.out / "summary.json").read_text())["takes no temperature"] == ["claude-sonnet-4.6"]
+    assert "claude-sonnet-4.6 takes no temperature: not greedy." in shown_table3(run, made["faithfulness"]).text
+    ones = Run(**{**vars(run), "settings": load("test", "steerable.faithfulness.judges=claude-sonnet-4.6 steerable.sampling.judge_temperature=1")})
+    assert "takes no temperature" not in shown_table3(ones, made["faithfulness"]).text
 
 
 def test_a_stage_without_any_judge_completes(run, tmp_path):
