@@ -274,6 +274,20 @@ def test_verdicts_of_surveys(text, letter):
     assert verdict_by_words(text, ("Very important", "Fairly important", "Not very important", "Not at all important")) == letter
 
 
+@pytest.mark.parametrize("text, letter", [
+    ("There is no reason to fear it.", None), ("It helps them. There is no reason to fear it, and people would not say so.", None), ("No harm is done, and no one minds.", None), ("They say no harm is done.", None), ("I would say yes because there is no doubt and no harm.", "A"),
+    ("It helps, so the answer is yes.", "A"), ("They would choose 'No', as it has no use.", "B"), ("No, they would not like it.", "B"), ("It helps. Yes.", "A"), ("Would they? The answer: no.", "B"), ("They would most likely answer No.", "B"), ("They would not say no.", None), ("They would say no to it.", "B"),
+])  # fmt: skip
+def test_a_plain_word_is_an_option_where_it_is_answered(text, letter):
+    assert verdict_by_words(text, ("Yes", "No")) == letter
+    assert all(text[a:b].casefold() in ("yes", "no") for a, b, _ in supports(text, ("Yes", "No")))
+
+
+@pytest.mark.parametrize("text, letter", [("It is not at all clear that they never lie.", None), ("They trust it not at all.", "C"), ("They would say not at all, and so would others.", "C"), ("Some of them like it.", None), ("They would answer some.", "B"), ("They trust it a lot.", "A")])
+def test_a_plain_phrase_is_an_option_where_it_is_answered_or_ends_its_sentence(text, letter):
+    assert verdict_by_words(text, ("A lot", "Some", "Not at all")) == letter
+
+
 @pytest.mark.skipif(not (SHARED / "opinionqa").exists(), reason="no shared data here")
 def test_real_options_are_read_from_a_sentence_that_says_them():
     rows = json.loads((SHARED / "opinionqa" / "opinionqa_small.json").read_text())
