@@ -14,10 +14,12 @@ from test_providers import QUICK, server
 from valuecot.data.perspectives import GROUPS, VALUES, survey_world, value_world
 from valuecot.data.questions import Question
 from valuecot.judge import agreement, faithful, faithfulness, hedged, hedges, letters_crossed, shown_to_judge, supports, verdict_by_words
-from valuecot.judge.faithfulness import MASK, NOTHING, Judgement
+from valuecot.judge.faithfulness import BLANK, MASK, NOTHING, Judgement
+from valuecot.providers.cache import Cache
+from valuecot.providers.requests import Reply
 from valuecot.settings import load
-from valuecot.steerable.faithfulness import all_judged, judged, own_answers, run_faithfulness, table3
-from valuecot.steerable.judges import LETTER, NotRun, by_asking, by_likelihood, by_words, cases, judge_desk, judge_wording
+from valuecot.steerable.faithfulness import all_judged, judged, own_answers, run_faithfulness, shown_table3, table3
+from valuecot.steerable.judges import LETTER, NotRun, by_asking, by_likelihood, by_words, cases, judge_desk, judge_request, judge_wording, with_model
 from valuecot.steerable.methods import Method
 from valuecot.store import write_records
 from valuecot.text import parse_answer
@@ -188,11 +190,56 @@ def test_a_judge_sees_neither_perspective_nor_answer():
     assert checked == 600
 
 
-def test_the_perspective_stands_in_a_version_of_its_own():
+def test_no_version_tells_the_perspective():
     q = WORLD[0]
-    told, written = cases([q], [Method("m", "a", 0, ["A"], [f"{q.perspective} is at stake.\nAnswer: A"])], ["told", "as written"])
-    assert f"Value: {q.perspective}\n" in judge_wording(told, LETTER) and f"Value: {q.perspective}" not in judge_wording(written, LETTER)
-    assert q.perspective in judge_wording(written, LETTER) and written.named == 1
+    masked, written = cases([q], [Method("m", "a", 0, ["A"], [f"{q.perspective} is at stake.\nAnswer: A"])])
+    assert all(f"Value: {q.perspective}" not in judge_wording(case, LETTER) for case in (masked, written))
+    assert q.perspective in judge_wording(written, LETTER) and written.named == masked.named == 1 and MASK in masked.reasoning
+
+
+def group(perspective: str, *options: str) -> Question:
+    return Question("q", "Is it good?", perspective, "demographic", options or ("Yes", "No"), "A")
+
+
+ORDINARY = "There is no reason to fear it. On the other hand, others say no, some never do, and each independent voice bears a moderate risk south of the White House. They seldom agree. No. Yes, it helps."
+
+
+@pytest.mark.parametrize("perspective", ["US Citizen: No", "US Citizen: Yes", "CITIZEN_No", "Religious Attendance: Never", "Religious Attendance: Seldom", "Race: Other", "POLPARTY: Other", "Race: White", "Political Ideology: Moderate", "Political Party Affiliation: Independent", "US Census Region: South"])
+def test_an_ordinary_word_is_no_name(perspective):
+    shown = shown_to_judge(group(perspective), f"{ORDINARY}\n\nAnswer: B")
+    assert (shown.reasoning, shown.named) == (ORDINARY, 0)
+
+
+@pytest.mark.parametrize("perspective, text, masked", [
+    ("Political Party Affiliation: Democrat", "A Democratic voter would want more of it, as Democrats do.", "A [] voter would want more of it, as [] do."), ("Gender: Female", "As a woman, she would; most women do.", "As a [], she would; most [] do."), ("Gender: Male", "Men like him, and any male, would.", "[] like him, and any [], would."),
+    ("Religion: Roman Catholic", "Catholics hold that it is wrong.", "[] hold that it is wrong."), ("Age: 65+", "People aged 65 and older, or over 65, would say so; 65+ is old.", "People aged [], or [], would say so; [] is old."), ("Age: 18-29", "They are 18 to 29 (18–29).", "They are [] ([])."),
+    ("Education Level: Associate's degree", "Somebody with an associate’s degree would say so.", "Somebody with an [] would say so."), ("Religion: Buddhist", "Buddhism teaches it.", "[] teaches it."),
+    ("US Citizen: No", "US Citizen: No. The citizenship is 'no'. No citizen is harmed.", "[]. The citizenship is '[]'. No citizen is harmed."), ("Religious Attendance: Never", "Their attendance is never. They never lie.", "Their attendance is []. They never lie."), ("POLPARTY: Other", "party: other, and others.", "party: [], and others."),
+    ("Political Ideology: Moderate", "As a moderate, one sees moderate risks. Moderates agree. Moderate voters, too.", "As a [], one sees moderate risks. [] agree. [] voters, too."), ("US Census Region: South", "In the South, Southern families do; not south of it.", "In the [], [] families do; not south of it."), ("Race: White", "White people and whites would.", "[] people and [] would."),
+    ("POLIDEOLOGY: Very conservative", "As a very conservative person and a conservative.", "As a [] person and a []."),
+])  # fmt: skip
+def test_light_inflections_of_a_name_are_masked(perspective, text, masked):
+    assert shown_to_judge(group(perspective), f"{text}\nAnswer: A").reasoning == masked.replace("[]", MASK)
+
+
+def test_a_word_of_an_option_stays_where_it_is_said_of_the_option():
+    both = group("Gender: Female", "Men are better", "Women are better")
+    assert shown_to_judge(both, "As a woman, she finds that women are better.\nAnswer: B").reasoning == f"As a {MASK}, she finds that women are better."
+    duty = Question("q", "A lie", "Duty to tell the truth", "value", ("Support", "Oppose", "Either"), "A")
+    assert shown_to_judge(duty, "One has a duty of truthfulness.\nAnswer: B").reasoning == f"One has a {MASK}."
+    support = Question("q", "A lie", "Support", "value", ("Support", "Oppose", "Either"), "A")
+    assert shown_to_judge(support, "The value of support counts. So support it.\nAnswer: A").reasoning == f"The value of {MASK} counts. So support it."
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("I choose B. The group dislikes taxes.", "I choose []. The group dislikes taxes."), ("They dislike it, hence B is right. More follows.", "They dislike it, hence [] is right. More follows."), ("Therefore B. Oppose is the best description of it.", "Therefore []. Oppose is the best description of it."),
+    ("So the label would be A - support. It is kind.", "So the label would be [] - support. It is kind."), ("Hence A is right. It is kind.", "Hence [] is right. It is kind."), ("So option (C), I think. It is kind.", "So option ([]), I think. It is kind."),
+    ("So A friend is hurt, so I say. What it is: A lie. It is so. A would-be thief lies.", "So A friend is hurt, so I say. What it is: A lie. It is so. A would-be thief lies."), ("So D day came. It is kind.", "So D day came. It is kind."),
+    ("To find the answer: honesty is served, since nobody lies. It supports the action.", "To find the honesty is served, since nobody lies. It supports the action."), ("Answer: B\nOn reflection, answer: A. A lie hurts.", "On reflection, A lie hurts."),
+])  # fmt: skip
+def test_a_letter_is_blanked_where_it_is_chosen_and_nowhere_else(text, shown):
+    found = shown_to_judge(Question("q", "A lie", "Kindness", "value", ("Support", "Oppose", "Either"), "A"), f"{text}\n\nAnswer: A").reasoning
+    assert found == shown.replace("[]", BLANK)
 
 
 # ------------------------------------------------------------------------- words
@@ -225,6 +272,20 @@ def test_verdicts_of_values(text, letter):
 ])  # fmt: skip
 def test_verdicts_of_surveys(text, letter):
     assert verdict_by_words(text, ("Very important", "Fairly important", "Not very important", "Not at all important")) == letter
+
+
+@pytest.mark.parametrize("text, letter", [
+    ("There is no reason to fear it.", None), ("It helps them. There is no reason to fear it, and people would not say so.", None), ("No harm is done, and no one minds.", None), ("They say no harm is done.", None), ("I would say yes because there is no doubt and no harm.", "A"),
+    ("It helps, so the answer is yes.", "A"), ("They would choose 'No', as it has no use.", "B"), ("No, they would not like it.", "B"), ("It helps. Yes.", "A"), ("Would they? The answer: no.", "B"), ("They would most likely answer No.", "B"), ("They would not say no.", None), ("They would say no to it.", "B"),
+])  # fmt: skip
+def test_a_plain_word_is_an_option_where_it_is_answered(text, letter):
+    assert verdict_by_words(text, ("Yes", "No")) == letter
+    assert all(text[a:b].casefold() in ("yes", "no") for a, b, _ in supports(text, ("Yes", "No")))
+
+
+@pytest.mark.parametrize("text, letter", [("It is not at all clear that they never lie.", None), ("They trust it not at all.", "C"), ("They would say not at all, and so would others.", "C"), ("Some of them like it.", None), ("They would answer some.", "B"), ("They trust it a lot.", "A")])
+def test_a_plain_phrase_is_an_option_where_it_is_answered_or_ends_its_sentence(text, letter):
+    assert verdict_by_words(text, ("A lot", "Some", "Not at all")) == letter
 
 
 @pytest.mark.skipif(not (SHARED / "opinionqa").exists(), reason="no shared data here")
@@ -264,7 +325,18 @@ def test_a_teacher_that_is_not_there_has_not_run_and_one_that_stops_half_way_is_
     rows = cases(WORLD[:40:5], [Method("m", "a", 0, planted()[0].predicted[:40:5], planted()[0].completions[:40:5])], ["masked"])  # of eight scenarios: no two read alike
     with pytest.raises(NotRun, match="set ANTHROPIC_API_KEY"):
         by_asking(rows, "claude-sonnet-4.6", load("test", "steerable.faithfulness.judges=claude-sonnet-4.6"), tmp_path / "a.sqlite", policy=QUICK)
-    with pytest.raises(NotRun, match="connection"):
+    claude = load("test", "steerable.faithfulness.judges=claude-sonnet-4.6 teacher.claude-sonnet-4.6.base_url=http://127.0.0.1:9")
+    desk = judge_desk("claude-sonnet-4.6", claude["teacher.claude-sonnet-4.6"], 0.0)
+    with Cache(tmp_path / "part.sqlite") as cache:
+        cache.keep(judge_request(desk, rows[0]), Reply('{"option": "A"}', "m", 1, 1, "stop"), "import").result()
+        cache.keep(judge_request(desk, rows[1]), Reply("nothing", "m", 1, 1, "stop"), "import").result()  # malformed: its second question is open
+    with pytest.raises(NotRun, match=r"set ANTHROPIC_API_KEY.*7 of 8 questions"):
+        by_asking(rows, "claude-sonnet-4.6", claude, tmp_path / "part.sqlite", policy=QUICK)
+    assert by_asking(rows[:1], "claude-sonnet-4.6", claude, tmp_path / "part.sqlite", policy=QUICK) == [("A", "")]  # all on disk: no key is missed
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "wrong")
+    with pytest.raises(RuntimeError, match="7 questions have no reply yet"):
+        by_asking(rows, "claude-sonnet-4.6", claude, tmp_path / "part.sqlite", policy=QUICK)
+    with pytest.raises(RuntimeError, match="8 questions have no reply yet.*connection"):  # nothing came at all: still no reason to call the stage complete
         by_asking(rows, "local", asking("http://127.0.0.1:9"), tmp_path / "b.sqlite", policy=QUICK)
     with server() as (root, _):
         by_asking(rows[:4], "local", asking(root), tmp_path / "c.sqlite", policy=QUICK)
@@ -276,6 +348,18 @@ def test_what_takes_no_temperature_is_asked_without():
     settings = load("paper")
     parameters = {name: dict(judge_desk(name, settings[f"teacher.{name}"], 0.0).parameters) for name in ("gpt-4.1", "claude-sonnet-4.6", "transformers")}
     assert parameters == {"gpt-4.1": {"temperature": 0.0}, "claude-sonnet-4.6": {}, "transformers": {}}
+
+
+def test_a_folder_is_named_without_its_place(tmp_path):
+    rows = cases(WORLD[:1], [Method("m", "a", 0, ["A"], ["It is good.\nAnswer: A"])])
+    (tmp_path / "deep" / "model").mkdir(parents=True)
+    with pytest.raises(NotRun, match="llama cannot be loaded: .*model") as error:
+        with_model(rows, "llama", tmp_path / "deep" / "model", tmp_path / "judge.jsonl", "", "cpu")
+    assert str(tmp_path) not in str(error.value) and "/deep" not in str(error.value)
+    own = load("test", f"steerable.faithfulness.judges=transformers teacher.transformers.model={tmp_path}/gone")
+    with pytest.raises(NotRun, match="no such folder: gone") as error:
+        by_asking(rows, "transformers", own, tmp_path / "c.sqlite", policy=QUICK)
+    assert str(tmp_path) not in str(error.value)
 
 
 # ------------------------------------------------------------------------- the stage
@@ -314,6 +398,18 @@ def test_a_judge_that_is_missing_says_so_and_the_others_go_on(run):
         with open(run.out / f"{name}.csv") as file:
             assert len(list(csv.reader(file))) == 1 + len(made[name])
     assert len((run.out / "judgements.jsonl").read_text().splitlines()) == 200
+    page = shown_table3(run, frame).text
+    assert "delete steerable/faithfulness/all-value_kaleidoscope/all/all/run.json below the outputs of test" in page and "does not see" not in page and "takes no temperature" not in page
+    assert json.loads((run.out / "summary.json").read_text())["takes no temperature"] == []
+
+
+def test_a_judge_that_takes_no_temperature_is_named(run, monkeypatch):
+    monkeypatch.setattr("valuecot.steerable.faithfulness.by_asking", lambda asked, **how: [("A", "")] * len(asked))
+    made = run_faithfulness(run)
+    assert json.loads((run.out / "summary.json").read_text())["takes no temperature"] == ["claude-sonnet-4.6"]
+    assert "claude-sonnet-4.6 takes no temperature: not greedy." in shown_table3(run, made["faithfulness"]).text
+    ones = Run(**{**vars(run), "settings": load("test", "steerable.faithfulness.judges=claude-sonnet-4.6 steerable.sampling.judge_temperature=1")})
+    assert "takes no temperature" not in shown_table3(ones, made["faithfulness"]).text
 
 
 def test_a_stage_without_any_judge_completes(run, tmp_path):

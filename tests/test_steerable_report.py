@@ -172,6 +172,7 @@ def test_the_sheet_holds_unfaithful_traces_of_one_method_drawn_by_a_seed():
     sheet = review_sheet(b, m, judged(b) + judged(b, "sft"))
     letters = said_of(judged(b), m)["one"]
     assert len(sheet) == 20 and all(letters[i] != dict(zip([q.id for q in b.questions], m.predicted, strict=True))[i] for i in sheet["id"])
+    assert {"judge one, masked", "judge two, masked"} < set(sheet) and "judge one" not in sheet
     assert sheet.equals(review_sheet(b, m, judged(b))) and set(sheet["id"]) != set(review_sheet(b, m, judged(b), seed=1)["id"])
     assert (sheet[["reviewer", "date", "sees both sides", "clear stance", "note"]] == "").all(axis=None)
     assert review_sheet(b, m, []).empty and review_sheet(b, m, [row | {"letter": None} for row in judged(b)]).empty, "an invalid judgement is not unfaithful"
@@ -218,8 +219,8 @@ def test_every_answer_is_an_entry_and_nothing_in_it_is_markup():
     page = browser._repr_mimebundle_()["text/html"]
     assert len(browser.entries) == len(b.gold) and "<script>alert" not in page and "<img" not in page and not any("<script" in e.body.text or "<img" in e.body.text for e in browser.entries)
     marks = [e.marks for e in browser.entries]
-    assert {m["outcome"][0] for m in marks} == {"right", "wrong", "unread", "not on offer"} and marks[0]["answered"] == ("no letter",) and marks[0]["judge one"] == ("no answer to judge",)
-    assert {m["judge two"][0] for m in marks[2:]} == {"faithful", "unfaithful"} and f"{len(b.gold)} answers to {len(b.gold)} of {len(b.gold)} questions." in said
+    assert {m["outcome"][0] for m in marks} == {"right", "wrong", "unread", "not on offer"} and marks[0]["answered"] == ("no letter",) and marks[0]["judge one, masked"] == ("no answer to judge",)
+    assert {m["judge two, masked"][0] for m in marks[2:]} == {"faithful", "unfaithful"} and f"{len(b.gold)} answers to {len(b.gold)} of {len(b.gold)} questions." in said
 
 
 def test_a_page_of_answers_stays_below_its_size():
@@ -235,10 +236,12 @@ def test_a_page_of_answers_stays_below_its_size():
 def test_tables_3_and_4_stand_beside_the_paper_s(tmp_path):
     folder = tmp_path / "all"
     folder.mkdir()
-    (folder / "faithfulness.csv").write_text("dataset,judge,version,model,arm,seed,rows,judged,invalid,faithful,faithful_low_95,faithful_high_95,not_run\nopinionqa,words,masked,llama,rlvr,0,60,58,2,0.5,0.4,0.6,\nopinionqa,claude,,,,,,,,,,,no key\n")
+    (folder / "faithfulness.csv").write_text("dataset,judge,version,model,arm,seed,rows,judged,invalid,faithful,faithful_low_95,faithful_high_95,not_run\nopinionqa,words,masked,llama,rlvr,0,60,58,2,0.5,0.4,0.6,\nopinionqa,words,as written,llama,rlvr,0,60,41,19,0.6,0.5,0.7,\nopinionqa,claude,,,,,,,,,,,no key\n")
     run = Run("report", "steerable", "tiny", "all", "all", "all", tmp_path, TINY, {"faithfulness/all-opinionqa/all/all": folder}, "", "all")
     ((key, table),) = shown_faithful(TINY, left(run, "faithfulness", "faithfulness")).items()
-    assert key == ("opinionqa", "words") and table["paper"].tolist() == ["70.3"] and table["method"].tolist()[0] == "RLVR · llama" and silent(left(run, "faithfulness", "faithfulness")) == "claude (no key)" and table["masked (95 %)"].tolist()[0] == "50.0 (40.0 to 60.0)"
+    assert key == ("opinionqa", "words") and table["paper"].tolist() == ["70.3"] and table["method"].tolist()[0] == "RLVR · llama" and silent(left(run, "faithfulness", "faithfulness")).startswith("claude (no key). To run") and table["masked (95 %)"].tolist()[0] == "50.0 (40.0 to 60.0)"
+    assert table[["masked: judged, invalid", "as written: judged, invalid"]].to_numpy().tolist() == [["58 of 60, 2", "41 of 60, 19"]]
+    assert "delete steerable/faithfulness/all-opinionqa/all/all/run.json below" in silent(left(run, "faithfulness", "faithfulness")) and silent(pd.DataFrame()) == ""
     assert left(run, "moderation", "flags").empty and left(run, "faithfulness", "nothing").empty
 
 

@@ -16,8 +16,8 @@ from .unfaithful import HEDGES
 from ..types import Shown
 
 # %% auto #0
-__all__ = ['NAMES', 'HINTS', 'PLAIN', 'words_of', 'stem', 'pattern_of', 'option_patterns', 'kind_of', 'verdict_patterns',
-           'compiled', 'Mention', 'denied', 'mentions', 'supports', 'leading', 'verdict_by_words']
+__all__ = ['NAMES', 'HINTS', 'PLAIN', 'BARE', 'words_of', 'stem', 'pattern_of', 'answered', 'option_patterns', 'kind_of',
+           'verdict_patterns', 'compiled', 'Mention', 'denied', 'mentions', 'supports', 'leading', 'verdict_by_words']
 
 # %% ../../nbs/judge/21_spans.ipynb #2f08b213
 NAMES = {
@@ -35,6 +35,12 @@ HINTS = {
 PLAIN = frozenset("a an and all any are as at be been being but by can do does for from had has have how i if in is it its me my no not of off on one or other our out own so some such than that the their them then there these they this those to too up very was we were what when which who will with would you your".split())  # take no side by themselves
 
 
+BARE = PLAIN | frozenset("yes never none nothing".split())  # of these alone, an option is named where it is answered
+_behind = r"\b(?:answer|option|choice|verdict|conclusion|repl(?:y|ies|ied)|respon(?:d|se)|say|said|chose|choos(?:e|ing)|pick|select|vote)(?:s|ed|ing)?(?:\s+(?:that|with|for|it|the|to|would|will|must|should|likely|most|option|answer))*\s*(?:\s(?:is|be)\b)?[\s:,]*[\"'“‘(*]*"
+_before = r"(?=[\"'”’)*]*\s*(?:[.,;:!?—–\n]|$)|[\"'”’)*]*\s+(?:because|since|as|to|but|and|or|if|when|here)\b)"
+_opening = r"(?:(?<![^\n])|(?<=[.!?:]\s)|(?<=[.!?][\"”)]\s))"
+
+
 def words_of(text: str) -> list[str]:
     "Words in lower case."
     return re.findall(r"[a-z0-9]+(?:['’][a-z]+)?", text.casefold())
@@ -50,14 +56,22 @@ def pattern_of(words: Sequence[str]) -> str:
     return r"\W+".join(re.escape(w) for w in words)
 
 
+def answered(phrase: str, whole: bool) -> list[str]:  # patterns, each with a group "said"; whole: of several words
+    "Where a phrase that says other things, too, is an answer."
+    said = f"(?P<said>{phrase})"
+    found = [_behind + said + _before, _opening + said + r"(?=\s*[,.;:!?—–]|\s*$)", r"(?:\bis|:)\s*[\"'“‘(*]*" + said + r"(?=[\"'”’)*]*\s*(?:[.!?\n]|$))"]
+    return [*found, said + r"(?=[\"'”’)*]*\s*(?:[.!?\n]|$))"] if whole else found
+
+
 def option_patterns(options: Sequence[str]) -> list[tuple[str, str, bool]]:  # pattern, letter, whether it names the option
     "By its whole text, and by words that it alone has."
     found, told = [], [words_of(o) for o in options]
     stems = Counter(s for own in told for s in {stem(w) for w in own})
     for letter, own in zip(ascii_uppercase, told, strict=False):
         if own and told.count(own) == 1:
-            found.append((pattern_of(own), letter, True))
-        found += [(re.escape(stem(w)) + r"(?:ing|ed|es|s|ly)?", letter, False) for w in own if w not in PLAIN and stems[stem(w)] == 1]
+            whole = [pattern_of(own)] if set(own) - BARE else answered(pattern_of(own), len(own) > 1)
+            found += [(pattern, letter, True) for pattern in whole]
+        found += [(re.escape(stem(w)) + r"(?:ing|ed|es|s|ly)?", letter, False) for w in own if w not in BARE and stems[stem(w)] == 1]
     return found
 
 # %% ../../nbs/judge/21_spans.ipynb #adc0f980
@@ -105,7 +119,7 @@ def denied(before: str, verdicts: bool) -> bool:
 def mentions(text: str, options: Sequence[str]) -> list[Mention]:  # in order; none overlaps another
     "Where a text takes a side."
     patterns, turned = compiled(tuple(options))
-    every = [Mention(*m.span(), letter, named) for pattern, letter, named in patterns for m in pattern.finditer(text)]
+    every = [Mention(*m.span("said" if "said" in pattern.groupindex else 0), letter, named) for pattern, letter, named in patterns for m in pattern.finditer(text)]
     found, taken = [], []
     for one in sorted(every, key=lambda m: (m.start - m.end, not m.named, m.start)):
         if any(one.start < end and start < one.end for start, end in taken):

@@ -30,15 +30,16 @@ def spread(row: Mapping, name: str) -> str:
     "A share with its interval, as these stages write them."
     return percent(row[name], row[f"{name}_low_95"], row[f"{name}_high_95"])
 
-# %% ../../nbs/steerable/86_judged.ipynb #fd40e8ae
+# %% ../../nbs/steerable/86_judged.ipynb #15ee1618
 def faithful_line(settings: Settings, versions: pd.DataFrame) -> dict[str, object]:
     "One judge on one method, whose traces it read in one or two versions."
     rows = {row["version"]: row for row in versions.to_dict("records")}
     row = next(iter(rows.values()))
     paper = paper_row(settings["published.faithfulness"], row["model"], row["arm"])
     said = {f"{version} (95 %)": spread(one, "faithful") for version, one in rows.items()}
-    told = {"judged": f"{row['judged']:g} of {row['rows']:g}", "invalid": f"{row['invalid']:g}", "paper": number(paper[DATASETS.index(row["dataset"])]) if paper else MISSING}
-    return {"method": named(settings, {"model": row["model"], "arm": row["arm"], "seed": int(row["seed"])})} | said | told
+    counts = {f"{version}: judged, invalid": f"{one['judged']:g} of {one['rows']:g}, {one['invalid']:g}" for version, one in rows.items()}
+    printed = {"paper": number(paper[DATASETS.index(row["dataset"])]) if paper else MISSING}
+    return {"method": named(settings, {"model": row["model"], "arm": row["arm"], "seed": int(row["seed"])})} | said | counts | printed
 
 
 def shown_faithful(settings: Settings, frame: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:  # benchmark, judge -> lines
@@ -49,10 +50,11 @@ def shown_faithful(settings: Settings, frame: pd.DataFrame) -> dict[tuple[str, s
 
 
 def silent(frame: pd.DataFrame) -> str:  # "" where all ran
-    "Judges that did not run, and why."
+    "Judges that did not run, why, and how they will."
     rows = [row for row in frame.to_dict("records") if not missing(row.get("not_run"))]
-    return "; ".join(dict.fromkeys(f"{row['judge']} ({row['not_run']})" for row in rows))
-
+    said = "; ".join(dict.fromkeys(f"{row['judge']} ({row['not_run']})" for row in rows))
+    marks = " and ".join(dict.fromkeys(f"steerable/faithfulness/all-{row['dataset']}/all/all/run.json" for row in rows))
+    return f"{said}. To run them, give them what they lack, delete {marks} below the outputs of the profile, and run make study again" if rows else ""
 
 # %% ../../nbs/steerable/86_judged.ipynb #0639dd64
 FLAGS = ("overall", "harassment", "sexual", "violence")

@@ -5,6 +5,7 @@
 # %% ../../nbs/steerable/58_judges.ipynb #7b7c27c8
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -24,8 +25,8 @@ from ..providers.structured import read
 from ..settings import Settings, TeacherModel, root
 from .methods import Method
 from ..store import Journal, digest
-from ..teacher.asked import Desk, ask_twice, commonest
-from ..teacher.desks import all_answered, backends, called, desk_of, take_replies
+from ..teacher.asked import Desk, ask_twice
+from ..teacher.desks import all_answered, backends, called, desk_of, is_folder, take_replies
 from ..teacher.schemas import Form, schema_of
 from ..training.letters import letter_shares
 from ..training.models import load_model, render
@@ -33,10 +34,10 @@ from ..types import Shown
 
 # %% auto #0
 __all__ = ['VERSIONS', 'MATTER', 'LETTER', 'OBJECT', 'Verdict', 'Judge', 'Case', 'cases', 'judge_wording', 'NotRun', 'by_words',
-           'by_likelihood', 'option_reply', 'judge_desk', 'judge_request', 'by_asking', 'with_model']
+           'by_likelihood', 'option_reply', 'takes', 'judge_desk', 'judge_request', 'lacks', 'by_asking', 'with_model']
 
-# %% ../../nbs/steerable/58_judges.ipynb #679f793c
-VERSIONS = "masked", "as written", "told"
+# %% ../../nbs/steerable/58_judges.ipynb #071b7e2d
+VERSIONS = "masked", "as written"
 MATTER = {"value": ("a situation, options to judge it by", "it"), "demographic": ("a question of a survey, its options", "the question")}
 LETTER = 'Give nothing but the letter of one option after "Answer:".'
 OBJECT = 'Answer with one JSON object of this form and nothing else:\n{\n  "option": "<one letter>"\n}'
@@ -53,7 +54,7 @@ class Case(Shown):
     named: int  # how often it names its perspective
 
 
-def cases(questions: Sequence[Question], methods: Sequence[Method], versions: Sequence[str]) -> list[Case]:
+def cases(questions: Sequence[Question], methods: Sequence[Method], versions: Sequence[str] = VERSIONS) -> list[Case]:
     "Every reasoning in every version."
     found = []
     for method in methods:
@@ -67,10 +68,8 @@ def cases(questions: Sequence[Question], methods: Sequence[Method], versions: Se
 def judge_wording(case: Case, reply: str) -> str:
     "What a judge reads."
     q, (what, it) = case.question, MATTER[case.question.kind]
-    scenario, perspective = NAMES[q.kind]
-    told = [f"{perspective}: {q.perspective}"] if case.version == "told" else []
     head = f"Below are {what} and a rationale that somebody wrote about {it}. Choose the option that the rationale leads to. Go by the rationale, and not by what you think of {it} yourself. {reply}"
-    return "\n".join([head, "", f"{scenario}: {q.scenario}", *told, "Options:", q.listed, f"Rationale: {case.reasoning}"])
+    return "\n".join([head, "", f"{NAMES[q.kind][0]}: {q.scenario}", "Options:", q.listed, f"Rationale: {case.reasoning}"])
 
 # %% ../../nbs/steerable/58_judges.ipynb #ab938ee3
 Verdict = tuple[str | None, str]  # letter, or why there is none
@@ -114,12 +113,17 @@ def option_reply(letters: str) -> type[Form]:  # of the options: "ABC"
     return create_model("OptionReply", __base__=Form, option=(Literal[tuple(letters)], ...))
 
 
+def takes(model: TeacherModel, temperature: float) -> bool:
+    "Whether a teacher can be asked at this temperature; Anthropic's take none but their own, 1."
+    return temperature == 1 or model.provider != "anthropic"
+
+
 def judge_desk(name: str, model: TeacherModel, temperature: float) -> Desk:
     "How a teacher is asked to judge."
     if model.provider == "rules":
         raise NotRun(f"teacher.{name} answers by rules that judge nothing: name a model, or words")
     desk = desk_of(name, model)
-    plain = temperature == 1 or model.provider == "anthropic" or (model.provider == "transformers" and not temperature)
+    plain = temperature == 1 or not takes(model, temperature) or (model.provider == "transformers" and not temperature)
     return desk if plain else replace(desk, parameters=(*desk.parameters, ("temperature", temperature)))
 
 
@@ -127,7 +131,12 @@ def judge_request(desk: Desk, case: Case) -> Request:
     "What a teacher is asked about one reasoning."
     return desk.asks(judge_wording(case, OBJECT), schema_of(option_reply(case.question.letters)))
 
-# %% ../../nbs/steerable/58_judges.ipynb #e9e75ada
+# %% ../../nbs/steerable/58_judges.ipynb #9c7a426c
+def lacks(model: TeacherModel, why: Exception) -> str:
+    "What a judge lacks; its folder by name, and not by its place on this machine."
+    return str(why).replace(model.model, Path(model.model).name) if is_folder(model) else str(why)
+
+
 def by_asking(
     asked: list[Case],
     name: str,  # of the teacher
@@ -145,13 +154,12 @@ def by_asking(
     single = list({r.key: r for r in requests}.values())  # versions that read alike are one question
     able, missing = backends([model])
     with Cache(path) as cache:
-        if how.replies:
+        if how.replies and single:
             take_replies(cache, root() / how.replies, single, "steerable.faithfulness")
         endings, tally = finished(ask_twice([(r, reads[r.key]) for r in single], able, cache, policy or Policy(cap=how.cap), progress))
         ends = dict(zip((r.key for r in single), endings, strict=True))
-        if not any(end.reply or end.reason for end in ends.values()):
-            why = missing.get(called(model)) or (commonest(f.reason for f in tally.failures) or f"the cap of {how.cap:g} dollars leaves room for no question")
-            raise NotRun(str(why))
+        if called(model) in missing and tally.failures:
+            raise NotRun(f"{lacks(model, missing[called(model)])} ({len(tally.failures)} of {len(single)} questions have no reply on disk)")
         all_answered(tally, missing, cache, how.cap, "steerable.faithfulness")
         if out:
             export_replies(cache, out / f"replies-{name}.jsonl.gz", [key for end in ends.values() for key in end.keys])
@@ -169,5 +177,6 @@ def with_model(asked: list[Case], name: str, folder: Path | None, file: Path, ke
     try:
         model, tokenizer = load_model(folder, device)
     except (OSError, ValueError) as error:
-        raise NotRun(f"{name} cannot be loaded: {error}") from error
+        where = sorted({str(folder), str(folder.absolute()), str(folder.resolve())}, key=len, reverse=True)
+        raise NotRun(f"{name} cannot be loaded: {re.sub('|'.join(map(re.escape, where)), folder.name, str(error))}") from None  # a path of this machine helps nobody who reads the table
     return by_likelihood(asked, model, tokenizer, file, key)

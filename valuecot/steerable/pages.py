@@ -36,8 +36,8 @@ def entry(b: Benchmark, name: str, m: Method, i: int, judged: dict[str, dict[str
     q, predicted = b.questions[i], m.predicted[i]
     found = outcome(q, predicted)
     marks = {"benchmark": (b.name,), "method": (name,), "outcome": (found,), "right answer": (told_letter(q, q.gold, alike),), "answered": (told_letter(q, predicted, alike),), "perspective": (q.perspective,)}
-    marks |= {f"judge {judge}": (verdict(letters[q.id], predicted, q),) for judge, letters in judged.items() if q.id in letters}
-    said = "".join(f"<p>{broken_lines(judge)}: {broken_lines(told_letter(q, letters[q.id], True))}</p>" for judge, letters in judged.items() if q.id in letters)
+    marks |= {f"judge {judge}, masked": (verdict(letters[q.id], predicted, q),) for judge, letters in judged.items() if q.id in letters}
+    said = "".join(f"<p>{broken_lines(judge)}, masked: {broken_lines(told_letter(q, letters[q.id], True))}</p>" for judge, letters in judged.items() if q.id in letters)
     return Entry(f"{name}: {found}", marks, Html(f"<p><b>{NAMES[q.kind][0]}:</b> {broken_lines(q.scenario)}</p>{answer_html(q, predicted, m.completions[i])}{said and '<p><b>Judges</b></p>' + said}"))
 
 # %% ../../nbs/steerable/84_pages.ipynb #71cff66b

@@ -67,7 +67,7 @@ def shown_letter(q: Question, letter: str | None) -> str:
 
 
 def review_sheet(b: Benchmark, m: Method, judgements: Sequence[dict], rows: int = ROWS, seed: int = SEED) -> pd.DataFrame:
-    "Unfaithful traces of a method, for a reviewer; no rows where nobody judged it, or all is faithful."
+    "Traces of a method that the first judge, who read them masked, finds unfaithful, for a reviewer; no rows where nobody judged it, or all is faithful."
     said = said_of(judgements, m)
     places = unfaithful(b, m, next(iter(said.values()))) if said else []
     drawn = sorted(places, key=lambda i: digest([seed, b.questions[i].id]))[:rows]
@@ -75,7 +75,7 @@ def review_sheet(b: Benchmark, m: Method, judgements: Sequence[dict], rows: int 
     for i in drawn:
         q = b.questions[i]
         about = {"id": q.id, "benchmark": b.name, "model": m.model, "arm": m.arm, "scenario": q.scenario, "perspective": q.perspective, "options": " | ".join(q.listed.split("\n")), "trace": m.completions[i], "model's answer": shown_letter(q, m.predicted[i])}
-        judges = {f"judge {name}": shown_letter(q, letters.get(q.id)) for name, letters in said.items()}
+        judges = {f"judge {name}, masked": shown_letter(q, letters.get(q.id)) for name, letters in said.items()}
         lines.append({k: cell(v) for k, v in (about | judges | {"gold": q.gold_option}).items()} | dict.fromkeys(FILLED, ""))
     return pd.DataFrame(lines)
 
