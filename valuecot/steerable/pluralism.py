@@ -42,7 +42,7 @@ def comments_of(run: Run, voice: Voice, questions: list[Question], own, device: 
     model, tokenizer = load_model(run.inputs[f"base_model/{voice.model}/all/all"] / "model", device) if voice.model else own
     texts = {about(q): render(tokenizer, comment_wording(q, voice), False) for q in questions}
     how = drawing(run.settings["steerable.sampling"], settings.comment_length)
-    rows = draw_all(model, tokenizer, texts, how, workplace(run) / f"comments-{voice.name.replace(' ', '-')}.jsonl", run.key)
+    rows = draw_all(model, tokenizer, texts, how, workplace(run) / f"comments-{digest(voice.name, 12)}.jsonl", run.key)
     return {row["id"]: row["completion"] for row in rows}
 
 # %% ../../nbs/steerable/35_pluralism.ipynb #ae344f31
