@@ -30,7 +30,7 @@ def spread(row: Mapping, name: str) -> str:
     "A share with its interval, as these stages write them."
     return percent(row[name], row[f"{name}_low_95"], row[f"{name}_high_95"])
 
-# %% ../../nbs/steerable/86_judged.ipynb #fd40e8ae
+# %% ../../nbs/steerable/86_judged.ipynb #15ee1618
 def faithful_line(settings: Settings, versions: pd.DataFrame) -> dict[str, object]:
     "One judge on one method, whose traces it read in one or two versions."
     rows = {row["version"]: row for row in versions.to_dict("records")}
@@ -53,7 +53,6 @@ def silent(frame: pd.DataFrame) -> str:  # "" where all ran
     rows = [row for row in frame.to_dict("records") if not missing(row.get("not_run"))]
     return "; ".join(dict.fromkeys(f"{row['judge']} ({row['not_run']})" for row in rows))
 
-
 # %% ../../nbs/steerable/86_judged.ipynb #0639dd64
 FLAGS = ("overall", "harassment", "sexual", "violence")
 
@@ -61,7 +60,7 @@ FLAGS = ("overall", "harassment", "sexual", "violence")
 def shown_offence(settings: Settings, frame: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:  # benchmark, moderator -> lines
     "Table 4, ours beside the paper's; percent."
     rows: dict[tuple[str, str], list[dict]] = {}
-    for row in frame.to_dict("records"):
+    for row in (row for row in frame.to_dict("records") if missing(row.get("not_run"))):
         paper, at = paper_row(settings["published.offensiveness"], row["model"], row["arm"]), len(FLAGS) * DATASETS.index(row["dataset"])
         printed = paper[at : at + len(FLAGS)] if paper and paper[at] is not None else None
         own = {"method": named(settings, {"model": row["model"], "arm": row["arm"], "seed": int(row["seed"])}), "n": f"{row['n']:g}"}
