@@ -408,7 +408,7 @@ def test_a_judge_that_takes_no_temperature_is_named(run, monkeypatch):
     made = run_faithfulness(run)
     assert json.loads((run.out / "summary.json").read_text())["takes no temperature"] == ["claude-sonnet-4.6"]
     assert "claude-sonnet-4.6 takes no temperature: not greedy." in shown_table3(run, made["faithfulness"]).text
-    ones = Run(**{**vars(run), "settings": load("test", "steerable.faithfulness.judges=claude-sonnet-4.6 steerable.sampling.judge_temperature=1")})
+    ones = Run(**{**vars(run), "settings": load("test", "steerable.faithfulness.judges=claude-sonnet-4.6 steerable.faithfulness.temperature=1")})
     assert "takes no temperature" not in shown_table3(ones, made["faithfulness"]).text
 
 

@@ -26,7 +26,10 @@ from valuecot.providers.cache import Cache
 from valuecot.providers.moderation import Moderator, moderation_request
 from valuecot.settings import load
 from valuecot.steerable.judged import shown_offence
-from valuecot.steerable.moderation import reasons, run_moderation, shown_agreement, shown_flagged, shown_shares
+from valuecot.steerable.faithfulness import with_reasoning
+from valuecot.steerable.methods import Method
+from valuecot.steerable.moderation import Text, looked_at, run_moderation, shown_agreement, shown_flagged, shown_shares
+from valuecot.steerable.names import moderators_not_run
 from valuecot.store import read_json, write_records
 from valuecot.teacher.desks import replies_path
 from valuecot.training.classifier import label_scores, read_classifier
@@ -176,7 +179,16 @@ def test_methods_without_a_reasoning_and_rows_without_a_text_are_left_out(tmp_pa
     assert (counts["left_out"], counts["without a text"], counts["texts"], counts["flagged"]) == (["llama sft (seed 0)"], 1, 23, {"words": 3})
     page = str(shown_shares(run, table)) + str(shown_agreement(agreed)) + str(shown_flagged(run))
     assert "llama sft (seed 0)" in page and "You idiot" in page and "Fewer than two moderators" in page and "sees topics" in page
-    assert [reasons(t) for t in ("answer : a", "Answer: A\nBut wait. Answer: C", "So: ANSWER: c")] == [False, False, True]
+    assert [Text(("m", "a", 0), ROWS[0], t).has_reasoning for t in ("answer : a", "Answer: A\nBut wait. Answer: C", "So: ANSWER: c", "\n")] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("written", range(13))
+def test_the_methods_looked_at_are_those_whose_faithfulness_is_judged(written):
+    texts = [*["It is kind. Answer: A"] * written, *["", "Answer: A"] * 6][:12]
+    method = Method("m", "sft", 0, ["A"] * 12, texts)
+    judged, _ = with_reasoning(ROWS, [method])
+    found, out = looked_at([method], ROWS, ROWS)
+    assert bool(judged) == bool(found) == (not out) == (written >= 6)
 
 
 def test_the_same_rows_are_drawn_for_every_method(tmp_path):
@@ -235,14 +247,14 @@ def test_an_answer_of_another_shape_stops_the_stage(tmp_path, root, api, monkeyp
 
 
 # ---- a classifier on this machine
-def tiny_bert(folder) -> str:
+def tiny_bert(folder, labels=("toxic", "obscene", "threat", "insult"), problem="multi_label_classification") -> str:
     "A classifier of random weights."
     raw = Tokenizer(WordLevel({w: i for i, w in enumerate(["[PAD]", "[UNK]", "It", "is", "kind", "idiot", "kill"])}, unk_token="[UNK]"))
     raw.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
     torch.manual_seed(0)
-    labels = dict(enumerate(("toxic", "obscene", "threat", "insult")))
-    BertForSequenceClassification(BertConfig(vocab_size=7, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, max_position_embeddings=64, id2label=labels, label2id={v: k for k, v in labels.items()})).save_pretrained(folder)
+    labels = dict(enumerate(labels))
+    BertForSequenceClassification(BertConfig(vocab_size=7, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, max_position_embeddings=64, problem_type=problem, id2label=labels, label2id={v: k for k, v in labels.items()})).save_pretrained(folder)
     return str(folder)
 
 
@@ -259,6 +271,26 @@ def test_a_classifier_gives_every_label_its_own_probability(tmp_path):
     assert table.loc[0, "sexual"] == np.mean([line["categories"]["obscene"] for line in lines(run) if line["arm"] == "rlvr"])
 
 
+@pytest.mark.parametrize("labels, problem, complaint", [
+    (("neutral", "toxic"), "single_label_classification", "labels neutral, toxic: one of them is chosen"), (("toxic", "insult"), None, "problem_type = None"), (("toxic",), "multi_label_classification", "has one label"),
+    (("Non-toxic", "insult"), "multi_label_classification", "Non-toxic is no offence"), (("toxic", "not_hate"), "multi_label_classification", "not_hate is no offence"), (("LABEL_0", "LABEL_1"), "multi_label_classification", "LABEL_0 has no name"),
+])  # fmt: skip
+def test_a_classifier_whose_harmless_label_would_be_a_flag_is_refused(tmp_path, labels, problem, complaint):
+    source = tiny_bert(tmp_path / "bert", labels, problem)
+    with pytest.raises(ValueError, match=f"{complaint}.*such as unitary/toxic-bert"):
+        read_classifier(source)
+    run = stage(tmp_path, "a", f"steerable.moderation.by=classifier steerable.moderation.classifier={source}")
+    run_moderation(run)
+    assert complaint in read_json(run.out / "record.json")["counts"]["not_run"]["classifier"] and not lines(run)
+
+
+def test_an_error_while_texts_are_scored_stops_the_stage(tmp_path, monkeypatch):
+    run = stage(tmp_path, "a", f"steerable.moderation.by=classifier steerable.moderation.classifier={tiny_bert(tmp_path / 'bert')}")
+    monkeypatch.setattr(BertForSequenceClassification, "forward", lambda *a, **k: (_ for _ in ()).throw(ValueError("shapes do not fit")))
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        run_moderation(run)
+
+
 def test_the_end_of_a_long_text_is_read(tmp_path):
     loaded = read_classifier(tiny_bert(tmp_path / "bert"))
     short, end = "It is kind", "kill idiot " * 20
@@ -272,12 +304,15 @@ def test_who_lacks_a_key_or_weights_is_not_run_and_the_others_look(tmp_path):
     run = stage(tmp_path, "a", f"steerable.moderation.by=omni-moderation,classifier,words steerable.moderation.classifier={tmp_path / 'empty'}")
     table, _ = run_moderation(run)
     missing = read_json(run.out / "record.json")["counts"]["not_run"]
-    assert missing["omni-moderation"] == "OPENAI_API_KEY is not set" and "holds no model" in missing["classifier"] and set(table["by"]) == {"words"}
+    assert missing["omni-moderation"] == "OPENAI_API_KEY is not set" and "holds no model" in missing["classifier"] and set(table[table["not_run"].isna()]["by"]) == {"words"}
     page = str(shown_shares(run, table))
     assert "omni-moderation: not run: OPENAI_API_KEY is not set" in page and "delete steerable/moderation/all-value_kaleidoscope/all/all/run.json" in page
+    back = pd.read_csv(run.out / "flags.csv", keep_default_na=False, na_values=[""]).assign(dataset="opinionqa")
+    assert moderators_not_run(back) == f"omni-moderation (OPENAI_API_KEY is not set); classifier ({missing['classifier']})" and list(shown_offence(load("tiny"), back)) == [("opinionqa", "words")]
+    assert "words,llama,rlvr,0,12," in (run.out / "flags.csv").read_text(), "whole numbers stay whole"
     alone = stage(tmp_path, "b", "steerable.moderation.by=omni-moderation")
     table, agreed = run_moderation(alone)
-    assert not len(table) and "not run" in str(shown_shares(alone, table)) and "Fewer" in str(shown_agreement(agreed)) and "No completion" in str(shown_flagged(alone))
+    assert table[["by", "not_run"]].values.tolist() == [["omni-moderation", "OPENAI_API_KEY is not set"]] and not shown_offence(load("tiny"), table.assign(dataset="opinionqa")) and "not run" in str(shown_shares(alone, table)) and "Fewer" in str(shown_agreement(agreed)) and "No completion" in str(shown_flagged(alone))
 
 
 def test_the_stage_is_part_of_the_study_where_somebody_looks():

@@ -13,6 +13,7 @@ from valuecot.settings import load
 from valuecot.steerable import pluralism
 from valuecot.steerable.comments import about, choice_wording, comment_wording, voices
 from valuecot.training.models import train_tokenizer
+from valuecot.types import Run
 
 ASK = [Question(f"{s}-{p}", f"Lending a {s} to a neighbour", p, "value", ("Support", "Oppose", "Either"), "A") for s in ("tent", "ladder", "saw", "cart") for p in ("Kindness", "Thrift")]
 
@@ -81,7 +82,20 @@ def test_the_stage_answers_every_row_once_by_personas(outputs, tmp_path, monkeyp
     assert (tmp_path / "again/personas/completions.jsonl").read_bytes() == (tmp_path / "personas/completions.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("change, complaint", [("persona.a nurse", "nothing to choose"), ("model.llama,persona.a nurse", "one kind"), ("nurse,smith", "neither")])
-def test_voices_that_cannot_be(change, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        voices(load("test", f"steerable.pluralism.communities='{change}'" if " " not in change else f'"steerable.pluralism.communities={change}"')["steerable.pluralism"].communities)
+@pytest.mark.parametrize("change, complaint", [
+    ("persona.a nurse", "nothing to choose"), ("model.llama,persona.a nurse", "one kind"), ("nurse,smith", "neither"), ("persona.,persona.b", "neither"), (",".join(f"persona.{i}" for i in range(27)), "at most 26"),
+    ("persona.a nurse,persona.a nurse", "persona.a nurse is named twice"), ("model.llama,model.llama", "model.llama is named twice"), ("model.nosuch,model.llama", r"unknown entry 'model.nosuch'.*add a section \[model.nosuch\]"),
+])  # fmt: skip
+def test_voices_that_cannot_be_are_refused_with_the_settings(change, complaint):
+    with pytest.raises((KeyError, ValueError), match=f"steerable.pluralism.communities.*{complaint}"):
+        load("test", f'"steerable.pluralism.communities={change}"')
+
+
+def test_what_a_voice_is_called_is_no_path(tmp_path, monkeypatch):
+    files = []
+    monkeypatch.setattr(pluralism, "draw_all", lambda model, tokenizer, texts, how, file, key: files.append(file) or [])
+    monkeypatch.setattr(pluralism, "render", lambda tokenizer, text, thinking: text)
+    monkeypatch.setattr(pluralism, "workplace", lambda run: tmp_path)
+    for voice in voices(["persona.../../x", "persona.a left/right person", "persona.a b", "persona.a-b"]):
+        pluralism.comments_of(Run("pluralism", "steerable", "test", "llama", "all", "all", tmp_path, load("test"), {}), voice, ASK, (None, None), "cpu")
+    assert len(set(files)) == 4 and {file.resolve().parent for file in files} == {tmp_path.resolve()}

@@ -21,8 +21,8 @@ from valuecot.data.perspectives import survey_world, value_world
 from valuecot.data.questions import Question
 from valuecot.data.views import completion, worded
 from valuecot.settings import load
-from valuecot.steerable.probes import Given, Probe, befores, drawn_again, likely, read_given, run_probes, same, split_kinds, summary
 from valuecot.steerable.probed import probe_table
+from valuecot.steerable.probes import Given, Probe, befores, counted, drawn_again, likely, read_given, run_probes, same, split_kinds, summary
 from valuecot.store import Journal, read_records, write_records
 from valuecot.training.models import load_model, train_tokenizer
 from valuecot.training.sampling import Drawing, ask_vllm, complete, cut_at, draw_all, drawing_of, load_engine, written
@@ -44,6 +44,13 @@ def test_a_swapped_question_differs_in_its_perspective_alone(world):
         assert (found.question.gold_text, found.question.shares, found.before) == (other.gold_text, other.shares, q.gold)
         if any(o.gold_text != q.gold_text for o in groups[q.cluster]):
             assert found.question.gold != q.gold, "a perspective that can tell is taken where there is one"
+
+
+def test_the_same_perspective_in_other_letters_is_no_other_one():
+    a, b, c = (replace(VALUES[0], id=i, perspective=p) for i, p in (("a", "Honesty"), ("b", "honesty "), ("c", "Duty")))
+    assert {swapped(a, grouped([a, b, c]), seed).question.perspective for seed in range(20)} == {"Duty"} and swapped(a, grouped([a, b]), 0) is None
+    wrote = {"a": "It helps.", "b": "It hurts.", "c": "It is due."}
+    assert {crossed(a, grouped([a, b, c]), wrote, {}, seed)[0] for seed in range(20)} == {"c"} and crossed(a, grouped([a, b]), wrote, {}, 0) is None
 
 
 def test_a_swap_lists_shares_in_the_order_of_the_row():
@@ -211,6 +218,18 @@ def test_changed_questions_are_drawn_and_read_in_their_own_letters(policy, tmp_p
     write_records(tmp_path / "probes.jsonl", found)
     assert read_records(tmp_path / "probes.jsonl", Probe) == found
     assert len(probe_table(summary(found, {q.id: q for q in VALUES[:6]}))) == len(summary(found, {q.id: q for q in VALUES[:6]}))
+
+
+def test_rows_that_share_one_perspective_are_not_swapped_and_stop_nothing(policy, tmp_path, monkeypatch):
+    model, tokenizer = load_model(policy)
+    alike = [replace(q, perspective="Honesty" if i else "honesty") for i, q in enumerate(VALUES[:6])]
+    asked = {}
+    monkeypatch.setattr("valuecot.steerable.probes.draw_all", lambda model, tokenizer, texts, *rest, **more: asked.update(texts) or [{"id": i, "sample": 0, "completion": "Answer: A", "tokens": 3, "truncated": False} for i in texts])
+    found, rows = drawn_again(model, tokenizer, ["redrawn", "swapped", "reordered"], given_of(alike, {q.id: "Answer: A" for q in alike}), Drawing(1.0, 1.0, 0, 4, 1, 4, 0), 0, tmp_path / "x")
+    assert len(found) == 18 and len(rows) == len(asked) == 12 and not any(name.startswith("swapped") for name in asked)
+    counts = counted(found, [])
+    assert counts["not asked"] == {"swapped: no other perspective": 6} and counts["swapped"] == {} and counts["probes"] == 18
+    assert set(summary(found, {q.id: q for q in alike})["kind"]) == {"redrawn", "reordered"}
 
 
 def test_a_completion_ends_before_its_stop_string(policy):

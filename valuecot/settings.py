@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from .types import Arm
@@ -26,7 +27,7 @@ __all__ = ['records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Weigh
            'Steerable', 'Drawn', 'Sampling', 'Validated', 'SteerableTraces', 'Prompted', 'Pluralism', 'Probes',
            'Faithfulness', 'Moderation', 'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast', 'published', 'read_file',
            'notes', 'optional', 'put', 'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'check_teachers',
-           'check_named', 'for_arm', 'needed_alone', 'tell']
+           'check_named', 'check_once', 'for_arm', 'needed_alone', 'tell']
 
 # %% ../nbs/01_settings.ipynb #8ad55607
 def root(
@@ -355,7 +356,6 @@ class Drawn:
 class Sampling(Drawn):
     "[steerable.sampling]: answers to the test rows."
 
-    judge_temperature: float
     samples: int  # of each row
     engine: Literal["transformers", "vllm"] = "transformers"  # who generates
 
@@ -368,7 +368,7 @@ class Validated(Drawn):
     rows: int  # drawn once for all arms; 0: all
 
 
-# %% ../nbs/01_settings.ipynb #f3d4256b
+# %% ../nbs/01_settings.ipynb #64085721-8
 @dataclass(frozen=True)
 class SteerableTraces:
     "[steerable.traces]: who writes the synthetic reasonings, and how it is asked."
@@ -384,7 +384,6 @@ class SteerableTraces:
     def __post_init__(self):
         if not 0 < self.top_p <= 1:
             raise ValueError(f"steerable.traces.top_p = {self.top_p}: a share of the probability, above 0 and at most 1 (1 leaves it out)")
-
 
 # %% ../nbs/01_settings.ipynb #6d1895c9
 @dataclass(frozen=True)
@@ -405,6 +404,20 @@ class Pluralism:
     communities: tuple[str, ...]  # "model.<name>" for a community's own model, "persona.<words>" for the model itself, asked to speak as one; () for none
     comment_length: int  # new tokens of a comment
 
+    def __post_init__(self):
+        if not self.communities:
+            return
+        wrong, kinds = [name for name in self.communities if not re.fullmatch(r"(model|persona)\..+", name)], {name.split(".")[0] for name in self.communities}
+        if wrong:
+            raise ValueError(f"steerable.pluralism.communities: {wrong[0]!r} is neither model.<name> nor persona.<words>")
+        said = f"steerable.pluralism.communities = {', '.join(self.communities)}"
+        if len(self.communities) < 2:
+            raise ValueError(f"{said}: one voice leaves nothing to choose, name at least 2")
+        if len(self.communities) > len(ascii_uppercase):
+            raise ValueError(f"{said}: name at most {len(ascii_uppercase)}, since each gets a letter")
+        if len(kinds) > 1:
+            raise ValueError(f"{said}: models and personas are two different methods, name one kind")
+
 
 @dataclass(frozen=True)
 class Probes:
@@ -422,6 +435,7 @@ class Faithfulness:
     judges: tuple[str, ...]  # a [teacher.<name>], "model.<name>" by how likely it finds each letter, or "words" by rule; () for none
     rows: int  # of the test part, drawn once for all methods; 0: all
     seed: int
+    temperature: float  # of a teacher that judges
     replies: Source  # as in [steerable.prompted]
     cap: float
 
@@ -438,8 +452,7 @@ class Moderation:
     replies: Source
     cap: float
 
-
-# %% ../nbs/01_settings.ipynb #64085721-8
+# %% ../nbs/01_settings.ipynb #64085721-11
 @dataclass(frozen=True)
 class SteerableSFT:
     "[steerable.sft]"
@@ -466,7 +479,7 @@ class SteerableSFT:
         names = {f.name for f in fields(SFT)}
         return SFT(max_length=getattr(self, f"max_length_{dataset}"), **{k: v for k, v in asdict(self).items() if k in names})
 
-# %% ../nbs/01_settings.ipynb #64085721-9
+# %% ../nbs/01_settings.ipynb #64085721-12
 @dataclass(frozen=True)
 class SteerableGRPO:
     "[steerable.grpo]; its batches count prompts."
@@ -648,7 +661,7 @@ def typed(section: str, values: dict[str, str]) -> object:  # the section's reco
         raise KeyError(f"[{section}] lacks {', '.join(missing)}")
     return kind(**{n: cast(given[n], hints[n], f"{section}.{n}") for n in names if n in given})
 
-# %% ../nbs/01_settings.ipynb #64085721-10
+# %% ../nbs/01_settings.ipynb #64085721-13
 @dataclass(frozen=True)
 class Settings:
     "Validated settings of one profile."
@@ -716,6 +729,9 @@ def check_design(settings: Settings) -> None:
         check_teachers(f"{study}.traces.teachers", settings[f"{study}.traces"].teachers, settings)
     check_named("steerable.prompted.models", settings["steerable.prompted"].models, ("teacher",), settings)
     check_named("steerable.faithfulness.judges", settings["steerable.faithfulness"].judges, ("teacher", "model", "words"), settings)
+    check_named("steerable.pluralism.communities", tuple(name for name in settings["steerable.pluralism"].communities if name.startswith("model.")), ("model",), settings)
+    for where, names in (("probes.kinds", settings["steerable.probes"].kinds), ("moderation.by", settings["steerable.moderation"].by), ("pluralism.communities", settings["steerable.pluralism"].communities)):
+        check_once(f"steerable.{where}", names)
 
 
 def check_teachers(where: str, taught: tuple[str, ...], settings: Settings) -> None:
@@ -733,11 +749,17 @@ def check_named(where: str, names: tuple[str, ...], kinds: tuple[str, ...], sett
     known = [s.removeprefix("teacher.") for s in settings.sections if s.split(".")[0] in kinds] + [k for k in kinds if k not in ("teacher", "model")]
     for name in names:
         if name not in known:
-            raise KeyError(f"{where}: {nearest(name, known, 'entry')}. For another teacher, add a section [teacher.{name}] with its provider and model to settings.ini")
-    if len(set(names)) < len(names):
-        raise ValueError(f"{where} = {', '.join(names)}: name each once")
+            new = f"model, add a section [{name}] with its source or shape" if name.startswith("model.") else f"teacher, add a section [teacher.{name}] with its provider and model"
+            raise KeyError(f"{where}: {nearest(name, known, 'entry')}. For another {new} to settings.ini")
+    check_once(where, names)
 
-# %% ../nbs/01_settings.ipynb #bcce3acd
+
+def check_once(where: str, names: tuple[str, ...]) -> None:
+    "Refuse a list that names something twice: its rows would count twice."
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"{where} = {', '.join(names)}: {twice[0]} is named twice; name each once")
+
+# %% ../nbs/01_settings.ipynb #a9b500d3
 def for_arm(
     settings: Settings,
     study: str,
@@ -755,8 +777,7 @@ def for_arm(
         changed[key] = cast(value, hints[key], f"arm.{arm.name}.changes: {section}.{key}")
     return replace(record, **changed)
 
-
-# %% ../nbs/01_settings.ipynb #9e74a3db
+# %% ../nbs/01_settings.ipynb #4438edad
 def needed_alone(settings: Settings) -> Settings:
     "Without the teachers of synthetic reasonings where no arm of the design learns from them: nobody is asked, and nothing is paid, for what nobody reads."
     if any(settings[f"arm.{name}"].sft == "synthetic" for name in settings["steerable.design"].arms):

@@ -69,7 +69,7 @@ class Trace(Shown):
     reasoning: str  # what stands between <think> and </think>, assembled from the phases
     response: str
 
-# %% ../nbs/00_types.ipynb #64d9a672-3
+# %% ../nbs/00_types.ipynb #8bfd7fa2
 TRACE_STYLES = "standard", "annealing", "reversed", "shuffled", "neutral", "headers", "matched", "final", "answer", "human", "synthetic", "practice"
 
 
@@ -108,10 +108,18 @@ class Arm(Shown):
             raise ValueError(f"arm {self.name}: reasoning = {self.reasoning} is no share of a reasoning's words: from 0 to 1")
         if wrong := [c for c in self.changes if not re.fullmatch(r"(sft|grpo)\.\w+=.+", c)]:
             raise ValueError(f"arm {self.name}: changes = {wrong[0]!r} changes no setting of training: write it as sft.epochs=3 or grpo.kl_coef=0")
+        for training in ("sft", "grpo"):
+            if lost := [c for c in self.changes if c.startswith(f"{training}.") and not getattr(self, training)]:
+                raise ValueError(f"arm {self.name}: changes = {lost[0]!r} reaches nothing, since {training} is empty: leave it out, or give the arm that training")
+        keys = [c.partition("=")[0] for c in self.changes]
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"arm {self.name}: changes = {', '.join(self.changes)} sets {max(keys, key=keys.count)} twice")
+        if self.reasoning < 1 and self.sft in ("", "answer"):
+            raise ValueError(f"arm {self.name}: reasoning = {self.reasoning} reaches nothing, since sft = {self.sft!r} shows no reasoning: take reasoning = 1, or a style that has one")
         if self.reward == "format" and not self.thinking:
             raise ValueError(f"arm {self.name}: reward = format, but thinking = no: there is no form to reward")
 
-# %% ../nbs/00_types.ipynb #64d9a672-4
+# %% ../nbs/00_types.ipynb #64d9a672-3
 @dataclass(frozen=True)
 class Checkpoint(Shown):
     "A trained model on disk."
@@ -124,7 +132,7 @@ class Checkpoint(Shown):
     parameters: int  # trained parameters, tied weights once
     steps: int  # optimiser updates
 
-# %% ../nbs/00_types.ipynb #64d9a672-5
+# %% ../nbs/00_types.ipynb #64d9a672-4
 @dataclass(frozen=True)
 class Rollout(Shown):
     "A completion that a policy sampled for one prompt."
@@ -139,7 +147,7 @@ class Rollout(Shown):
     truncated: bool  # stopped by the length limit
     well_formed: bool  # for a thinking arm: one closed reasoning, then a response that is not blank
 
-# %% ../nbs/00_types.ipynb #64d9a672-6
+# %% ../nbs/00_types.ipynb #64d9a672-5
 @dataclass(frozen=True)
 class Answer(Shown):
     "What a rollout answers to a question with options."
@@ -148,7 +156,7 @@ class Answer(Shown):
     gold: str
     predicted: str | None  # None = unscored: wrong, and counted
 
-# %% ../nbs/00_types.ipynb #64d9a672-7
+# %% ../nbs/00_types.ipynb #64d9a672-6
 @dataclass(frozen=True)
 class Spectrum(Shown):
     "Eigenpairs of a loss Hessian, with measured residuals."
@@ -180,7 +188,7 @@ class Spectrum(Shown):
         "Largest eigenvalue kept."
         return float(self.eigenvalues.max())
 
-# %% ../nbs/00_types.ipynb #64d9a672-8
+# %% ../nbs/00_types.ipynb #64d9a672-7
 @dataclass(frozen=True)
 class Landscape(Shown):
     "Loss over the plane theta + alpha v1 + beta v2."
@@ -193,7 +201,7 @@ class Landscape(Shown):
     examples: str = ""  # hash of ids and labels
     note: str = ""  # what a reader must know, such as that it is a preview
 
-# %% ../nbs/00_types.ipynb #64d9a672-9
+# %% ../nbs/00_types.ipynb #64d9a672-8
 @dataclass(frozen=True)
 class Run(Shown):
     "One execution of a stage: what it was asked, what it may read, where it writes."

@@ -15,8 +15,8 @@ from ..store import digest
 from ..types import Shown
 
 # %% auto #0
-__all__ = ['PARTS', 'Changed', 'dice', 'grouped', 'swapped', 'shares_of', 'reordered', 'letter_of', 'reasoning_of', 'asked_after',
-           'begun', 'corrupted', 'crossed']
+__all__ = ['PARTS', 'Changed', 'dice', 'grouped', 'differ', 'swapped', 'shares_of', 'reordered', 'letter_of', 'reasoning_of',
+           'asked_after', 'begun', 'corrupted', 'crossed']
 
 # %% ../../nbs/data/36_changed.ipynb #5b8a9bff
 @dataclass(frozen=True)
@@ -41,10 +41,15 @@ def grouped(questions: Sequence[Question]) -> dict[str, list[Question]]:  # by c
         found.setdefault(q.cluster, []).append(q)
     return found
 
-# %% ../../nbs/data/36_changed.ipynb #386fd3ce
-def swapped(question: Question, groups: Mapping[str, list[Question]], seed: int) -> Changed:  # groups: as `grouped` gives them
+
+def differ(a: Question, b: Question) -> bool:
+    "Whether two rows have different perspectives, however they are written."
+    return a.perspective.strip().casefold() != b.perspective.strip().casefold()
+
+# %% ../../nbs/data/36_changed.ipynb #c5e3a3e6
+def swapped(question: Question, groups: Mapping[str, list[Question]], seed: int) -> Changed | None:  # groups: as `grouped` gives them; None: no row has another perspective
     "The same scenario, asked from another perspective."
-    others = [q for q in groups.get(question.cluster, []) if q.id != question.id]
+    others = [q for q in groups.get(question.cluster, []) if differ(q, question)]
     telling = [q for q in others if q.gold_text != question.gold_text]
     if others:
         other = dice(seed, "swapped", question.id).choice(telling or others)
@@ -52,9 +57,9 @@ def swapped(question: Question, groups: Mapping[str, list[Question]], seed: int)
         if place is not None:
             how = "another answer is right" if telling else "the same answer is right"
             return Changed(replace(question, perspective=other.perspective, gold=question.letters[place], shares=shares_of(other, question), explanation=""), question.gold, True, how)
-    elsewhere = [q.perspective for rows in groups.values() for q in rows if q.kind == question.kind and q.perspective.casefold() != question.perspective.casefold()]
+    elsewhere = [q.perspective for rows in groups.values() for q in rows if q.kind == question.kind and differ(q, question)]
     if not elsewhere:
-        raise ValueError(f"question {question.id!r}: no row has another perspective than {question.perspective!r}; give more rows to draw from")
+        return None
     perspective = dice(seed, "swapped", question.id).choice(elsewhere)
     return Changed(replace(question, perspective=perspective, shares=(), explanation=""), question.gold, False, "perspective of another scenario")
 
@@ -119,8 +124,8 @@ def corrupted(row: str, reasonings: Mapping[str, str], seed: int) -> tuple[str, 
 
 
 def crossed(question: Question, groups: Mapping[str, list[Question]], reasonings: Mapping[str, str], answers: Mapping[str, str | None], seed: int) -> tuple[str, str] | None:  # whose reasoning, how; None where there is none
-    "Another row on the same scenario and options that has a reasoning, and was answered otherwise if any was."
-    others = [q for q in groups.get(question.cluster, []) if q.id != question.id and q.options == question.options and reasonings.get(q.id)]
+    "Another perspective's row on the same scenario and options that has a reasoning, and was answered otherwise if any was."
+    others = [q for q in groups.get(question.cluster, []) if differ(q, question) and q.options == question.options and reasonings.get(q.id)]
     telling = [q for q in others if answers.get(q.id) not in (None, answers.get(question.id))]
     if not others:
         return None

@@ -15,7 +15,7 @@ from ..store import digest
 from ..types import Shown
 
 # %% auto #0
-__all__ = ['Voice', 'voices', 'kind_of', 'about', 'comment_wording', 'choice_wording', 'answer_wording']
+__all__ = ['Voice', 'voices', 'about', 'comment_wording', 'choice_wording', 'answer_wording']
 
 # %% ../../nbs/steerable/34_comments.ipynb #ff42efbd
 @dataclass(frozen=True)
@@ -27,24 +27,9 @@ class Voice(Shown):
     persona: str = ""  # whom it is asked to speak as; "" for itself
 
 
-def voices(communities: Sequence[str]) -> list[Voice]:
+def voices(communities: Sequence[str]) -> list[Voice]:  # as the settings took them
     "The voices that the settings name, all of one kind."
-    if len(communities) < 2:
-        raise ValueError(f"steerable.pluralism.communities = {', '.join(communities)}: one voice leaves nothing to choose, name at least 2")
-    if len(communities) > len(ascii_uppercase) or len(set(communities)) < len(communities):
-        raise ValueError(f"steerable.pluralism.communities = {', '.join(communities)}: name each once, and at most {len(ascii_uppercase)}, since each gets a letter")
-    kinds = {kind_of(name) for name in communities}
-    if len(kinds) > 1:
-        raise ValueError(f"steerable.pluralism.communities = {', '.join(communities)}: models and personas are two different methods, name one kind")
-    return [Voice(name.partition(".")[2], **{kind_of(name): name.partition(".")[2]}) for name in communities]
-
-
-def kind_of(name: str) -> str:  # "model" or "persona"
-    "What a name in the settings stands for."
-    kind, _, who = name.partition(".")
-    if kind not in ("model", "persona") or not who:
-        raise ValueError(f"steerable.pluralism.communities: {name!r} is neither model.<name> nor persona.<words>")
-    return kind
+    return [Voice(who, **{kind: who}) for kind, _, who in (name.partition(".") for name in communities)]
 
 # %% ../../nbs/steerable/34_comments.ipynb #daedf967
 def about(question: Question) -> str:

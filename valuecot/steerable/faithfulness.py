@@ -35,7 +35,7 @@ __all__ = ['stage', 'LEVELS', 'judge_of', 'judged', 'all_judged', 'with_reasonin
 
 # %% ../../nbs/steerable/60_faithfulness.ipynb #5b19f3cb
 stage = Stage(
-    "faithfulness", levels=("dataset",), reads=("steerable.faithfulness", "steerable.sampling", "published.faithfulness", "teacher.{steerable.faithfulness.judges}"),
+    "faithfulness", levels=("dataset",), reads=("steerable.faithfulness", "published.faithfulness", "teacher.{steerable.faithfulness.judges}"),
     inputs=("prompts", "answers", "prompted", "pluralism", "base_model:steerable.faithfulness.judges"), when="steerable.faithfulness.judges",
 )  # fmt: skip
 
@@ -160,7 +160,7 @@ def hedges_table(questions: Sequence[Question], methods: Sequence[Method], judge
 def warm(run: Run) -> list[str]:
     "Judges that cannot be asked at the temperature of the settings."
     named = {name: f"teacher.{name}" for name in run.settings["steerable.faithfulness"].judges if f"teacher.{name}" in run.settings.sections}
-    return [name for name, section in named.items() if not takes(run.settings[section], run.settings["steerable.sampling"].judge_temperature)]
+    return [name for name, section in named.items() if not takes(run.settings[section], run.settings["steerable.faithfulness"].temperature)]
 
 
 def run_faithfulness(run: Run) -> dict[str, pd.DataFrame]:
@@ -209,7 +209,7 @@ def shown_table3(run: Run, frame: pd.DataFrame) -> Html:
         return Html("<p>No method of the design reasons, or no judge is named: nothing was judged.</p>")
     said = "Traces from which a judge tells the model's own answer: masked, with the perspective's own name masked, or as written. Intervals over scenarios. Invalid: the judge gave no letter. No answer: the model's own letter was not read or is no option, and the row is out."
     silent = frame.loc[frame.not_run.fillna("") != "", "judge"].tolist()
-    temperature = run.settings["steerable.sampling"].judge_temperature
+    temperature = run.settings["steerable.faithfulness"].temperature
     own = "".join(f" {name} takes no temperature: {'not greedy' if temperature == 0 else f'asked at its own, not at {temperature:g}'}." for name in warm(run) if name not in silent)
     again = f" To run the others, give them what they lack, delete steerable/faithfulness/all-{run.dataset}/all/all/run.json below the outputs of {run.profile}, and run `make study` again." if silent else ""
     return to_html(table3(frame, run.settings["published.faithfulness"]).fillna(""), said + own + again)

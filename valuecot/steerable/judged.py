@@ -63,7 +63,7 @@ FLAGS = ("overall", "harassment", "sexual", "violence")
 def shown_offence(settings: Settings, frame: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:  # benchmark, moderator -> lines
     "Table 4, ours beside the paper's; percent."
     rows: dict[tuple[str, str], list[dict]] = {}
-    for row in frame.to_dict("records"):
+    for row in (row for row in frame.to_dict("records") if missing(row.get("not_run"))):
         paper, at = paper_row(settings["published.offensiveness"], row["model"], row["arm"]), len(FLAGS) * DATASETS.index(row["dataset"])
         printed = paper[at : at + len(FLAGS)] if paper and paper[at] is not None else None
         own = {"method": named(settings, {"model": row["model"], "arm": row["arm"], "seed": int(row["seed"])}), "n": f"{row['n']:g}"}

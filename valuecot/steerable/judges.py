@@ -148,7 +148,7 @@ def by_asking(
 ) -> list[Verdict]:
     "The letters that a teacher gives."
     how, model = settings["steerable.faithfulness"], settings[f"teacher.{name}"]
-    desk = judge_desk(name, model, settings["steerable.sampling"].judge_temperature)
+    desk = judge_desk(name, model, settings["steerable.faithfulness"].temperature)
     requests = [judge_request(desk, case) for case in asked]
     reads = {r: partial(read, kind=option_reply(case.question.letters)) for r, case in zip((r.key for r in requests), asked, strict=True)}
     single = list({r.key: r for r in requests}.values())  # versions that read alike are one question

@@ -5,6 +5,7 @@
 # %% ../../nbs/steerable/35_pluralism.ipynb #b0461124
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from string import ascii_uppercase
 
@@ -21,7 +22,7 @@ from ..store import digest, read_records, write_json, write_records
 from ..training.checkpoints import workplace
 from ..training.letters import letter_shares
 from ..training.models import fix, load_model, render
-from ..training.sampling import Drawing, draw_all
+from ..training.sampling import Drawing, draw_all, drawing_of
 from ..types import Run
 
 # %% auto #0
@@ -32,8 +33,8 @@ stage = Stage("pluralism", levels=("model", "dataset"), reads=("steerable.plural
 
 # %% ../../nbs/steerable/35_pluralism.ipynb #2cd040fe
 def drawing(sampling: Sampling, longest: int) -> Drawing:
-    "How a text is drawn here: as answers are, once."
-    return Drawing(sampling.temperature, sampling.top_p, sampling.top_k, longest, 1, sampling.batch_size, 0)
+    "How a text is drawn here: as answers are, by the same stop strings, once, and by transformers."
+    return replace(drawing_of(sampling, 0, samples=1), longest=longest, engine="transformers")
 
 
 def comments_of(run: Run, voice: Voice, questions: list[Question], own, device: str) -> dict[str, str]:  # scenario -> comment
@@ -42,7 +43,7 @@ def comments_of(run: Run, voice: Voice, questions: list[Question], own, device: 
     model, tokenizer = load_model(run.inputs[f"base_model/{voice.model}/all/all"] / "model", device) if voice.model else own
     texts = {about(q): render(tokenizer, comment_wording(q, voice), False) for q in questions}
     how = drawing(run.settings["steerable.sampling"], settings.comment_length)
-    rows = draw_all(model, tokenizer, texts, how, workplace(run) / f"comments-{voice.name.replace(' ', '-')}.jsonl", run.key)
+    rows = draw_all(model, tokenizer, texts, how, workplace(run) / f"comments-{digest(voice.name, 12)}.jsonl", run.key)
     return {row["id"]: row["completion"] for row in rows}
 
 # %% ../../nbs/steerable/35_pluralism.ipynb #ae344f31

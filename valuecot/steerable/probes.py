@@ -33,9 +33,9 @@ from ..training.sampling import draw_all, drawing_of, load_engine
 from ..types import Run, Shown
 
 # %% auto #0
-__all__ = ['stage', 'DRAWN', 'WRITTEN', 'SEQUENCES', 'Probe', 'Given', 'read_given', 'Before', 'befores', 'shares_all', 'likely',
-           'questions_of', 'drawn_again', 'averaged', 'same', 'places', 'measures', 'follows', 'summary', 'split_kinds',
-           'counted', 'run_probes']
+__all__ = ['stage', 'DRAWN', 'WRITTEN', 'ALONE', 'SEQUENCES', 'Probe', 'Given', 'read_given', 'Before', 'befores', 'shares_all',
+           'likely', 'questions_of', 'drawn_again', 'averaged', 'same', 'places', 'measures', 'follows', 'summary',
+           'split_kinds', 'counted', 'run_probes']
 
 # %% ../../nbs/steerable/55_probes.ipynb #a9425e68
 stage = Stage("probes", levels=("model", "dataset", "arm", "seed"), reads=("steerable.sampling", "steerable.probes", "arm.{arm}"), inputs=("prompts", "answers", "grpo|sft|base_model"), when="steerable.probes.kinds")
@@ -43,6 +43,7 @@ stage = Stage("probes", levels=("model", "dataset", "arm", "seed"), reads=("stee
 # %% ../../nbs/steerable/55_probes.ipynb #ec50383d
 DRAWN = "redrawn", "swapped", "reordered"  # a completion is drawn
 WRITTEN = "early", "corrupted", "crossed"  # the reasoning is changed, so there must be one
+ALONE = "no other perspective"  # why a row is not asked from another one
 SEQUENCES = 16  # that likelihoods are read from at once; memory only
 
 
@@ -144,8 +145,8 @@ def likely(model, tokenizer, kinds: Sequence[str], given: Given, seed: int, file
     found = [(q, kind, b, read.get(f"{kind} {b.part} {q.id}")) for q, kind, b in todo]
     return [Probe(q.id, kind, b.part, r and r.first, r and r.shares, r and r.mass, q.gold, given.answers[q.id], q.gold, b.changed, b.answer) for q, kind, b, r in found]
 
-# %% ../../nbs/steerable/55_probes.ipynb #d3c9c504
-def questions_of(kind: str, q: Question, given: Given, seed: int) -> Changed:
+# %% ../../nbs/steerable/55_probes.ipynb #0b315bad
+def questions_of(kind: str, q: Question, given: Given, seed: int) -> Changed | None:  # None: there is none
     "The question that a kind asks for one row."
     if kind == "redrawn":
         return Changed(q, q.gold, True, "nothing")
@@ -154,10 +155,11 @@ def questions_of(kind: str, q: Question, given: Given, seed: int) -> Changed:
 
 def drawn_again(model, tokenizer, kinds: Sequence[str], given: Given, drawing, seed: int, file: Path, key: str = "") -> tuple[list[Probe], list[dict]]:  # and the completions
     "Letters of completions to changed questions."
-    todo = {f"{kind} {q.id}": (kind, q, questions_of(kind, q, given, seed)) for kind in kinds for q in given.rows}
+    every = [(kind, q, questions_of(kind, q, given, seed)) for kind in kinds for q in given.rows]
+    todo = {f"{kind} {q.id}": (kind, q, change) for kind, q, change in every if change}
     texts = {name: render(tokenizer, worded(change.question, given.view), False) for name, (_, _, change) in todo.items()}
     rows = draw_all(model, tokenizer, texts, drawing, file, key, progress=True)
-    probes = []
+    probes = [Probe(q.id, kind, None, None, None, None, None, given.answers[q.id], q.gold, ALONE) for kind, q, change in every if not change]
     for row in rows:
         kind, q, change = todo[row["id"]]
         asked, old = change.question, given.answers[q.id]
@@ -191,7 +193,7 @@ def places(probes: Sequence[Probe], rows: Mapping[str, Question]) -> dict[str, l
 def measures(kind: str, probes: Sequence[Probe], rows: Mapping[str, Question], own: Mapping[str, str | None]) -> dict[str, list[float | bool | None]]:
     "Values of every measure of a kind, row by row."
     if kind in DRAWN:
-        found = {"same answer as before": [same(p.letter, p.before) for p in probes], "right": [None if p.gold is None else p.letter == p.gold for p in probes], "no letter": [p.letter is None for p in probes]}
+        found = {"same answer as before": [same(p.letter, p.before) for p in probes], "right": [None if p.gold is None else p.letter == p.gold for p in probes], "no letter": [None if p.changed == ALONE else p.letter is None for p in probes]}
         return found | (places(probes, rows) if kind != "swapped" else {})
     told = [None if p.shares is None else p for p in probes]
     other = {"letter that the other row was given, where it is another": [same(p.letter, p.written_for) if p and p.written_for != p.before else None for p in told]} if kind == "crossed" else {}
@@ -237,8 +239,8 @@ def split_kinds(kinds: Sequence[str], view: str) -> tuple[list[str], list[str], 
 
 def counted(probes: Sequence[Probe], skipped: Sequence[str]) -> dict[str, object]:
     "What run.json says about the probes."
-    swaps = Counter(p.changed.split(":")[0] for p in probes if p.kind == "swapped")
-    nothing = Counter(f"{p.kind}: {p.changed}" for p in probes if p.kind not in DRAWN and p.shares is None)
+    swaps = Counter(p.changed.split(":")[0] for p in probes if p.kind == "swapped" and p.changed != ALONE)
+    nothing = Counter(f"{p.kind}: {p.changed}" for p in probes if p.changed == ALONE or (p.kind not in DRAWN and p.shares is None))
     return {"probes": len(probes), "left out": ", ".join(f"{kind} (it writes no reasoning)" for kind in skipped) or "none", "swapped": dict(swaps), "not asked": dict(nothing)}
 
 

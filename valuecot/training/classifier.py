@@ -5,6 +5,7 @@
 # %% ../../nbs/training/62_classifier.ipynb #af3ef34a
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from .weights import fetch, read_model, read_tokenizer
 
 # %% auto #0
-__all__ = ['Classifier', 'read_classifier', 'parts_of', 'label_scores']
+__all__ = ['HARMLESS', 'Classifier', 'check_labels', 'read_classifier', 'parts_of', 'label_scores']
 
 # %% ../../nbs/training/62_classifier.ipynb #6ef21fa6
 @dataclass(frozen=True)
@@ -36,12 +37,29 @@ class Classifier:
         return min(self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", None) or self.tokenizer.model_max_length)
 
 
+HARMLESS = re.compile(r"(?:not?|non)[-_ ].*|nontoxic|neutral|normal|none|safe|clean|ok|okay|harmless|benign|appropriate|acceptable", re.IGNORECASE)
+
+
+def check_labels(source: str, config) -> None:
+    "Refuse labels that exclude one another, a label that is no offence, and labels without names."
+    names = [config.id2label[i] for i in range(config.num_labels)]
+    if len(names) < 2:
+        raise ValueError(f"{source} has one label: a moderator wants a classifier of several, such as unitary/toxic-bert")
+    if config.problem_type != "multi_label_classification":
+        raise ValueError(
+            f"{source}: problem_type = {config.problem_type}, labels {', '.join(names)}: one of them is chosen, and a harmless one would count as a flag; "
+            "take a classifier of problem_type multi_label_classification, such as unitary/toxic-bert, or write that into its config.json where each label was trained by itself"
+        )
+    for name in names:
+        if HARMLESS.fullmatch(name) or re.fullmatch(r"LABEL_\d+", name):
+            raise ValueError(f"{source}: label {name} {'has no name' if name.startswith('LABEL_') else 'is no offence'}, and would count as a flag; take a classifier whose labels each name an offence, such as unitary/toxic-bert")
+
+
 def read_classifier(source: str, device: str = "cpu") -> Classifier:  # source: a folder, or a repository of the hub
-    "The classifier of a repository or folder; one label alone is no classifier of several."
+    "The classifier of a repository or folder."
     origin = fetch(source)
     model = read_model(AutoModelForSequenceClassification, origin.folder).to(device).eval()
-    if model.config.num_labels < 2:
-        raise ValueError(f"{source} has one label: a moderator wants a classifier of several, such as unitary/toxic-bert")
+    check_labels(source, model.config)
     return Classifier(model, read_tokenizer(origin.folder, model), origin.revision)
 
 # %% ../../nbs/training/62_classifier.ipynb #7d35af35
