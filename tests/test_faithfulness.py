@@ -1,4 +1,4 @@
-"""Faithfulness: planted traces are told apart, shuffled ones agree by chance, a judge sees neither perspective nor answer, and what is missing says so."""
+"""Faithfulness: planted traces are told apart, shuffled ones agree by chance, a judge sees neither the perspective's own name nor the answer, and what is missing says so."""
 
 import csv
 import json
@@ -170,7 +170,7 @@ ENDS = (
 )  # fmt: skip
 
 
-def test_a_judge_sees_neither_perspective_nor_answer():
+def test_a_judge_sees_neither_the_name_of_the_perspective_nor_the_answer():
     rng, checked = random.Random(0), 0
     for q in [*rng.sample(value_world(240), 300), *rng.sample(survey_world(48), 300)]:
         name = q.perspective if q.kind == "value" else rng.choice([q.perspective, q.perspective.partition(": ")[2]])
