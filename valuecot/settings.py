@@ -749,7 +749,7 @@ def check_named(where: str, names: tuple[str, ...], kinds: tuple[str, ...], sett
     known = [s.removeprefix("teacher.") for s in settings.sections if s.split(".")[0] in kinds] + [k for k in kinds if k not in ("teacher", "model")]
     for name in names:
         if name not in known:
-            new = f"model, add a section [{name}] with its source or shape" if name.startswith("model.") else f"teacher, add a section [teacher.{name}] with its provider and model"
+            new = f"model, add a section [{name}] with its source or shape" if name.startswith("model.") and "model" in kinds else f"teacher, add a section [teacher.{name}] with its provider and model"
             raise KeyError(f"{where}: {nearest(name, known, 'entry')}. For another {new} to settings.ini")
     check_once(where, names)
 
