@@ -195,4 +195,4 @@ def test_a_study_leaves_tables_of_every_method(outputs):
     for stage, files in {"prompted": ["rules/answers.jsonl"], "pluralism": ["personas/chosen.jsonl"], "probes": ["probes.csv"], "faithfulness": ["judgements.jsonl"], "moderation": ["flags.csv"]}.items():
         runs = list((outputs / "test" / "steerable" / stage).glob("*/*/*/run.json"))
         assert runs and all((run.parent / file).exists() for run in runs for file in files), stage
-    assert (folder / "probed.csv").exists() and (folder / "best_looks.csv").exists() and (folder / "review.csv").exists()
+    assert (folder / "probed.csv").exists() and (folder / "best_looks.csv").exists()
