@@ -4,7 +4,6 @@ import asyncio
 import gzip
 import json
 import multiprocessing
-import os
 import random
 import re
 import shutil
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+from cache_filler import fill
 from pydantic import BaseModel, ConfigDict
 
 from valuecot.companion import pages
@@ -445,16 +445,10 @@ def test_a_bound_is_above_the_bill():
 # ------------------------------------------------------------------------- the cache
 
 
-def fill(path: str, start: int, n: int) -> None:
-    with Cache(path) as cache:
-        for q in questions(start + n)[start:]:
-            cache.keep(q, Reply(f"from {os.getpid()}", "m", 1, 1, "stop"), "live", cache.send(q, 1000, None).result()[1], 7).result()
-
-
 def test_many_processes_write_at_once(tmp_path):
     path = str(tmp_path / "replies.sqlite")
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=fill, args=(path, 20 * i, 40)) for i in range(4)]
+    workers = [context.Process(target=fill, args=(path, questions(20 * i + 40)[20 * i :])) for i in range(4)]
     for w in workers:
         w.start()
     for w in workers:
