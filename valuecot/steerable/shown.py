@@ -42,7 +42,8 @@ def score_line(settings: Settings, b: Benchmark, row: Mapping) -> dict[str, obje
 
 def shown_scores(settings: Settings, b: Benchmark, table: pd.DataFrame, absent: Iterable[str]) -> Html:
     "Scores beside the paper's, then what did not run."
-    n, k, binary = len(b.questions), len(set(b.clusters)), "binary and " if b.name == "value_kaleidoscope" else ""
+    n, k, decided = len(b.questions), len(set(b.clusters)), sum(gold in "AB" for gold in b.gold)
+    binary = f"binary: ours again, on the {decided} rows whose right answer is Support or Oppose, accuracy / balanced accuracy / macro-F1; " if b.name == "value_kaleidoscope" else ""
     said = f"{b.name}: percent, with 95 % intervals over {k} scenarios drawn again; n = {n} rows for each method; {binary}paper: accuracy / balanced accuracy / macro-F1 of the model that stands behind the name, on the paper's own test rows; read: completions with a letter"
     lines = pd.DataFrame([score_line(settings, b, row) for row in table.to_dict("records")])
     return Html(f"{to_html(lines, said)}<p>Not run: {html.escape('; '.join(absent))}.</p>")
