@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from email import message_from_bytes
 
 from aiohttp import web
+
 from valuecot.data.world import generate
 from valuecot.judge.spans import verdict_by_words
 from valuecot.teacher.rules import write_trace

@@ -8,7 +8,22 @@ import pytest
 from trl import GRPOConfig, RewardConfig, SFTConfig
 
 from valuecot.settings import load, notes
-from valuecot.training.arguments import CARRIED, EVERYWHERE, LEFT, OURS, QUIET, RECORDS, accumulation, completions_per_update, defaults, grpo_config, on_one_card, reward_config, sft_config, side_by_side
+from valuecot.training.arguments import (
+    CARRIED,
+    EVERYWHERE,
+    LEFT,
+    OURS,
+    QUIET,
+    RECORDS,
+    accumulation,
+    completions_per_update,
+    defaults,
+    grpo_config,
+    on_one_card,
+    reward_config,
+    sft_config,
+    side_by_side,
+)
 
 CLASSES = {"sft": SFTConfig, "grpo": GRPOConfig, "reward_model": RewardConfig}
 BATCH = {"per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "bf16", "steps_per_generation"}

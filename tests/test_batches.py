@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from teacher_server import Server
+
 from valuecot.providers.asking import Live, Policy, ask_all
 from valuecot.providers.batches import QUEUES, Batched, cut
 from valuecot.providers.cache import TABLES, Cache, export_replies

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
+
 from valuecot.flow.plan import Plan
 from valuecot.flow.run import begin, locked, provenance
 from valuecot.geometry.prompts import run_prompts

@@ -11,6 +11,7 @@ import nbformat
 import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
 from valuecot.companion import pages
 from valuecot.settings import root
 from valuecot.types import Landscape, Prompt, Trace

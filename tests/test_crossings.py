@@ -15,10 +15,10 @@ import pytest
 from valuecot.judge.crossings import crossings
 from valuecot.judge.quoted import QUOTED, claims, flagged_parts, quoted_gains
 from valuecot.settings import load
-from valuecot.steerable import efficiency as report
-from valuecot.steerable import quoted
 from valuecot.types import Run
 from valuecot.view import efficiency as view
+from valuecot.view import looks as report
+from valuecot.view import quoted
 
 CURVES = Path(__file__).parents[2] / "shared" / "reference" / "rlvr_training_curves.csv"
 TABLES = ("value_kaleidoscope", "opinionqa", "offensiveness")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from test_curvature import close, llama, qwen, texts, vector
 from torch.overrides import TorchFunctionMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
 from valuecot.curvature import (
     EmpiricalFisher,
     GaussNewton,
@@ -36,8 +37,8 @@ from valuecot.curvature.attribution import token_curvature
 from valuecot.curvature.hessian import graph_bytes, movable
 from valuecot.curvature.operators import views
 from valuecot.curvature.peers import loader
-from valuecot.curvature.planner import Live, predict
 from valuecot.curvature.plane import filter_normalized, loss_plane, plane_preview, slope_and_curvature
+from valuecot.curvature.planner import Live, predict
 from valuecot.curvature.sharpness import adaptive_sharpness, blocks
 
 

@@ -11,17 +11,29 @@ import pytest
 import torch
 from sklearn.metrics import cohen_kappa_score
 from test_providers import QUICK, server
+
 from valuecot.data.perspectives import GROUPS, VALUES, survey_world, value_world
 from valuecot.data.questions import Question
 from valuecot.judge import agreement, faithful, faithfulness, hedged, hedges, letters_crossed, shown_to_judge, supports, verdict_by_words
 from valuecot.judge.faithfulness import BLANK, MASK, NOTHING, Judgement
+from valuecot.judge.methods import Method
 from valuecot.providers.cache import Cache
 from valuecot.providers.requests import Reply
 from valuecot.settings import load
 from valuecot.steerable.faithfulness import all_judged, judged, own_answers, run_faithfulness, shown_table3, table3
-from valuecot.steerable.judges import LETTER, NotRun, by_asking, by_likelihood, by_words, cases, judge_desk, judge_request, judge_wording, with_model
-from valuecot.steerable.methods import Method
 from valuecot.store import write_records
+from valuecot.teacher.judges import (
+    LETTER,
+    NotRun,
+    by_asking,
+    by_likelihood,
+    by_words,
+    cases,
+    judge_desk,
+    judge_request,
+    judge_wording,
+    with_model,
+)
 from valuecot.text import parse_answer
 from valuecot.training.models import train_tokenizer
 from valuecot.types import Answer, Run

@@ -227,7 +227,8 @@ def test_an_unknown_study_or_profile_is_named(capsys):
 
 
 def test_a_target_is_everything_one_stage_or_a_file(capsys):
-    from valuecot.flow.study import plans as chosen, targets
+    from valuecot.flow.study import plans as chosen
+    from valuecot.flow.study import targets
 
     some = chosen("geometry", "tiny", "")
     assert targets(some, "all") == ["all"] and targets(some, "outputs/tiny/x.csv") == ["outputs/tiny/x.csv"]

@@ -11,8 +11,35 @@ import numpy as np
 import pytest
 
 from valuecot.judge import (
-    HEDGES, LABELS, binary, binary_modular_pluralism, blind_ceiling, brier, by_margin, constant, correct, default_first, design_effect, distances, flip_accuracy, hedges,
-    jensen_shannon, leaders, majority, margin, mcnemar, modal, neither_enrichment, readings, sample_shares, score, score_intervals, soft_score, steerability_gain, swapped, total_variation,
+    HEDGES,
+    LABELS,
+    binary,
+    binary_modular_pluralism,
+    blind_ceiling,
+    brier,
+    by_margin,
+    constant,
+    correct,
+    default_first,
+    design_effect,
+    distances,
+    flip_accuracy,
+    hedges,
+    jensen_shannon,
+    leaders,
+    majority,
+    margin,
+    mcnemar,
+    modal,
+    neither_enrichment,
+    readings,
+    sample_shares,
+    score,
+    score_intervals,
+    soft_score,
+    steerability_gain,
+    swapped,
+    total_variation,
 )  # fmt: skip
 
 

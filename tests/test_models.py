@@ -13,14 +13,36 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Qwen3_5Config, Qwen3_5ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+)
 
 from valuecot.settings import ModelShape, load
 from valuecot.stages.base_model import run_base_model
 from valuecot.stages.reward_model import measured, run_reward_model
 from valuecot.store import read_json, read_records, write_records
 from valuecot.training.judge import ScalarReward
-from valuecot.training.models import check_format, choose_template, conversation, encode, fix, load_model, parameter_count, plain, render, save_model, scratch_config, scratch_model, shape_config, train_tokenizer
+from valuecot.training.models import (
+    check_format,
+    choose_template,
+    conversation,
+    encode,
+    fix,
+    load_model,
+    parameter_count,
+    plain,
+    render,
+    save_model,
+    scratch_config,
+    scratch_model,
+    shape_config,
+    train_tokenizer,
+)
 from valuecot.training.reward import length_bias, reward_shape, right_of
 from valuecot.training.weights import fetch, record, recorded
 from valuecot.types import Prompt, Run, Trace

@@ -20,20 +20,20 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 from valuecot.data.perspectives import value_world
 from valuecot.data.questions import Question
 from valuecot.flow.plan import Job, Plan
+from valuecot.judge.methods import Method
 from valuecot.judge.offence import CATEGORIES, Verdict, agreement, by_words, category_of, flagged_share, shares_row
 from valuecot.providers.asking import Policy, ask
 from valuecot.providers.cache import Cache
 from valuecot.providers.moderation import Moderator, moderation_request
 from valuecot.settings import load
-from valuecot.steerable.judged import shown_offence
 from valuecot.steerable.faithfulness import with_reasoning
-from valuecot.steerable.methods import Method
 from valuecot.steerable.moderation import Text, looked_at, run_moderation, shown_agreement, shown_flagged, shown_shares
-from valuecot.steerable.names import moderators_not_run
 from valuecot.store import read_json, write_records
 from valuecot.teacher.desks import replies_path
 from valuecot.training.classifier import label_scores, read_classifier
 from valuecot.types import Answer, Run
+from valuecot.view.judged import shown_offence
+from valuecot.view.names import moderators_not_run
 
 KEY = "sk-planted-0123456789abcdef"
 NAMES = ("harassment", "harassment/threatening", "hate", "illicit", "sexual", "sexual/minors", "violence", "violence/graphic")

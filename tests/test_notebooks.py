@@ -13,7 +13,7 @@ from valuecot.flow.plan import declaration
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-STAGES = [p for p in NOTEBOOKS if p.parent.name in {"stages", "geometry"} or (p.parent.name == "steerable" and ("stage = Stage(" in p.read_text() or '"parameters"' in p.read_text()))]  # the others there are parts of stages
+STAGES = [p for p in NOTEBOOKS if p.parent.name in {"stages", "geometry", "steerable"}]
 name = lambda p: str(p.relative_to(ROOT / "nbs"))
 
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from valuecot.data.comments import about, choice_wording, comment_wording, voices
 from valuecot.data.questions import Question
 from valuecot.flow.plan import Plan, find_job
 from valuecot.flow.run import begin
 from valuecot.settings import load
 from valuecot.steerable import pluralism
-from valuecot.steerable.comments import about, choice_wording, comment_wording, voices
 from valuecot.training.models import train_tokenizer
 from valuecot.types import Run
 

@@ -21,12 +21,24 @@ from valuecot.data.perspectives import survey_world, value_world
 from valuecot.data.questions import Question
 from valuecot.data.views import completion, worded
 from valuecot.settings import load
-from valuecot.steerable.probed import probe_table
-from valuecot.steerable.probes import Given, Probe, befores, counted, drawn_again, likely, read_given, run_probes, same, split_kinds, summary
+from valuecot.steerable.probes import (
+    Given,
+    Probe,
+    befores,
+    counted,
+    drawn_again,
+    likely,
+    read_given,
+    run_probes,
+    same,
+    split_kinds,
+    summary,
+)
 from valuecot.store import Journal, read_records, write_records
 from valuecot.training.models import load_model, train_tokenizer
 from valuecot.training.sampling import Drawing, ask_vllm, complete, cut_at, draw_all, drawing_of, load_engine, written
 from valuecot.types import Run
+from valuecot.view.probed import probe_table
 
 VALUES, SURVEY = value_world(20), survey_world(3)
 WORLDS = pytest.mark.parametrize("world", [VALUES, SURVEY], ids=["values", "survey"])

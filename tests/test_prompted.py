@@ -13,9 +13,9 @@ from valuecot.data.perspectives import survey_world, value_world
 from valuecot.data.questions import Question
 from valuecot.data.views import worded
 from valuecot.flow.plan import Job, Plan
+from valuecot.judge.methods import answered
 from valuecot.providers.cache import Cache, read_export
 from valuecot.settings import load
-from valuecot.steerable.methods import answered
 from valuecot.steerable.prompted import run_prompted, shown_models, shown_replies
 from valuecot.store import read_json, read_records, write_records
 from valuecot.teacher import prompted_bill

@@ -9,14 +9,15 @@ from dataclasses import replace
 import pytest
 from datasets import load_dataset
 from huggingface_hub import DatasetCard
+
 from valuecot.flow.run import begin
 from valuecot.geometry import release as stage_module
 from valuecot.geometry.release import run_release, stage
+from valuecot.providers.requests import Reply
 from valuecot.settings import load
 from valuecot.store import read_json, read_records, write_json, write_records
 from valuecot.teacher.asked import Quarantined
 from valuecot.teacher.audit import Finding
-from valuecot.providers.requests import Reply
 from valuecot.teacher.release import COLUMNS, card, origin, released, unsent, upload, without_quotes
 from valuecot.types import Prompt, Trace
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from teacher_server import draw, star_letter
 from test_providers import HERE, PRICE, QUICK, server
+
 from valuecot.data.questions import Question, check_questions
 from valuecot.providers.asking import Live, Policy
 from valuecot.providers.cache import Cache, export_replies, import_replies

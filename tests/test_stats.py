@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 
 from valuecot.stats import (
-    bootstrap, bootstrap_sums, cluster_codes, cluster_sums, design_effect, exact_binomial, flip_test, holm, mcnemar, minimum_detectable_effect, paired_interval, share,
+    bootstrap,
+    bootstrap_sums,
+    cluster_codes,
+    cluster_sums,
+    design_effect,
+    exact_binomial,
+    flip_test,
+    holm,
+    mcnemar,
+    minimum_detectable_effect,
+    paired_interval,
+    share,
 )  # fmt: skip
 
 

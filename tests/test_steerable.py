@@ -16,15 +16,15 @@ from valuecot.data.questions import Question
 from valuecot.data.views import VIEWS, asked, completion, read_prompts, worded
 from valuecot.flow.plan import Job, Plan, split_cell
 from valuecot.judge import readings
+from valuecot.judge.methods import Benchmark, Method, rules_of
 from valuecot.settings import load
 from valuecot.steerable.answers import told
-from valuecot.steerable.comparisons import compared
-from valuecot.steerable.gains import gains
-from valuecot.steerable.methods import Benchmark, Method, rules_of
-from valuecot.steerable.scores import score_row, scored
 from valuecot.text import parse_answer
 from valuecot.training.models import load_model
 from valuecot.training.sampling import Drawing, draw_all
+from valuecot.view.comparisons import compared
+from valuecot.view.gains import gains
+from valuecot.view.scores import score_row, scored
 
 ROOT = Path(__file__).parents[1]
 ASK = Question("q", "Lying to a friend", "Honesty", "value", ("Support", "Oppose", "Either"), "B")

@@ -12,10 +12,20 @@ from valuecot.data import opinionqa, perspectives
 from valuecot.data.opinionqa import Asked, cleaned, load_survey_folder, survey_question, survey_questions
 from valuecot.data.perspectives import survey_world, value_world, weighed
 from valuecot.data.question_sources import BENCHMARKS, foreseen_questions, questions_of
-from valuecot.data.question_splits import PARTS, batteries, jaccard, leakage, scenario_of, split_questions, subsample, twins, words_of_question
-from valuecot.judge import blind_ceiling
+from valuecot.data.question_splits import (
+    PARTS,
+    batteries,
+    jaccard,
+    leakage,
+    scenario_of,
+    split_questions,
+    subsample,
+    twins,
+    words_of_question,
+)
 from valuecot.data.questions import Question, check_questions
 from valuecot.data.value_kaleidoscope import label_of, load_value_folder, official_questions, value_questions
+from valuecot.judge import blind_ceiling
 from valuecot.store import read_records, write_records
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

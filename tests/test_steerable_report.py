@@ -11,21 +11,21 @@ import pandas as pd
 import pytest
 
 from valuecot.data.perspectives import survey_world, value_world
+from valuecot.judge.methods import Benchmark, Method, rules_of
 from valuecot.settings import load
 from valuecot.stats import holm
-from valuecot.steerable.comparisons import FAMILIES, compared, met
-from valuecot.steerable.gains import ceilings
-from valuecot.steerable.judged import left, shown_faithful, silent
-from valuecot.steerable.methods import Benchmark, Method, rules_of
-from valuecot.steerable.names import absent, in_order, named, paper_row
-from valuecot.steerable.pages import answer_pages
-from valuecot.steerable.review import main, read_review, review_counts, review_sheet, said_of
-from valuecot.steerable.samples import pairs, shown_samples, speaker
-from valuecot.steerable.scores import confusion_table, score_table, scored
-from valuecot.steerable.shown import accuracy_figure, shown_comparisons, shown_confusions
-from valuecot.steerable.soft import distance_rows, margin_table, soft_table
 from valuecot.types import Run
+from valuecot.view.answers import answer_pages
 from valuecot.view.browser import packed
+from valuecot.view.comparisons import FAMILIES, compared, met
+from valuecot.view.gains import ceilings
+from valuecot.view.judged import left, shown_faithful, silent
+from valuecot.view.names import absent, in_order, named, paper_row
+from valuecot.view.review import main, read_review, review_counts, review_sheet, said_of
+from valuecot.view.samples import pairs, shown_samples, speaker
+from valuecot.view.scores import confusion_table, score_table, scored
+from valuecot.view.shown import accuracy_figure, shown_comparisons, shown_confusions
+from valuecot.view.soft import distance_rows, margin_table, soft_table
 from valuecot.view.spans import sided
 
 TINY = load("tiny")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from valuecot.curvature import MatrixOperator
 from valuecot.flow.plan import Plan
 from valuecot.flow.run import begin, clear

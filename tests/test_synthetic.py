@@ -16,8 +16,8 @@ from valuecot.data.views import asked, completion, prompts_file
 from valuecot.flow.plan import Job, Plan
 from valuecot.providers.cache import Cache, read_export
 from valuecot.settings import load
-from valuecot.steerable.traces import run_traces
 from valuecot.steerable.synthetic import provenance, run_synthetic, shown_leaks, shown_passes
+from valuecot.steerable.traces import run_traces
 from valuecot.store import read_json, read_records, write_records
 from valuecot.teacher import star_bill
 from valuecot.teacher.asked import Quarantined, read_traces

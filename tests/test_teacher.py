@@ -9,8 +9,8 @@ import pytest
 from valuecot.data.conflictscope import load_folder
 from valuecot.data.world import generate
 from valuecot.teacher import rules, styles, templates
-from valuecot.teacher.controls import controls, derive
 from valuecot.teacher.audit import audit, quoted
+from valuecot.teacher.controls import controls, derive
 from valuecot.teacher.rules import write_trace
 from valuecot.teacher.styles import Style, assemble, disassemble
 from valuecot.types import Prompt, Trace

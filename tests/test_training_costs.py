@@ -16,7 +16,16 @@ from valuecot.training.checkpoints import fit, saving
 from valuecot.training.grpo import Trainer as GRPOTrainer
 from valuecot.training.grpo import Watched, judge_reward, train_grpo
 from valuecot.training.judge import ScalarReward
-from valuecot.training.models import conversation, fix, load_model, parameter_count, save_model, scratch_model, template_options, train_tokenizer
+from valuecot.training.models import (
+    conversation,
+    fix,
+    load_model,
+    parameter_count,
+    save_model,
+    scratch_model,
+    template_options,
+    train_tokenizer,
+)
 from valuecot.training.reward import reward_shape
 from valuecot.training.sampling import complete
 from valuecot.training.sft import Trainer as SFTTrainer

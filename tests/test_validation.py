@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 from test_resume import PROMPTS, TRACES, same, start
 
 from valuecot.settings import GRPO, SFT, Machine, load
+from valuecot.store import write_json
+from valuecot.text import parse_answer
 from valuecot.training.launch import Work, do, read_work
 from valuecot.training.models import conversation, load_model, render
 from valuecot.training.sampling import complete
 from valuecot.training.validation import Validation, best_look
-from valuecot.store import write_json
-from valuecot.text import parse_answer
 
 ASKED = Validation(tuple(p.text for p in PROMPTS), tuple("AB" * 4), points=3, temperature=0.7, top_p=0.95, top_k=0, longest=12, batch_size=4)
 

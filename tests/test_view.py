@@ -15,6 +15,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import torch
+
 from valuecot.geometry import report
 from valuecot.settings import load
 from valuecot.stats import mean_se, wilson

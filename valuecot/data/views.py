@@ -9,11 +9,11 @@ from pathlib import Path
 
 from .questions import Question
 from ..store import read_records
-from ..types import Prompt
+from ..types import Prompt, Trace
 
 # %% auto #0
 __all__ = ['TASK', 'BLIND_TASK', 'NAMES', 'REASON', 'LETTER', 'VIEWS', 'SPLITS', 'worded', 'asked', 'prompts_file',
-           'read_prompts', 'completion']
+           'read_prompts', 'completion', 'written']
 
 # %% ../../nbs/data/26_views.ipynb #a9c0549b
 TASK = {
@@ -67,3 +67,9 @@ def read_prompts(folder: Path | str, view: str = "") -> list[Prompt]:
 def completion(letter: str, reasoning: str = "") -> str:
     "A completion in the form that is asked for."
     return f"{reasoning.strip()}\n\nAnswer: {letter}" if reasoning.strip() else f"Answer: {letter}"
+
+
+def written(question: Question, style: str, reasoning: str = "") -> Trace:
+    "What a method learns to write for a question: a trace of the steerable study has its whole text in the response."
+    return Trace(question.id, style, "rows", "", "", (), "", completion(question.gold, reasoning))
+

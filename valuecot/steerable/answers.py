@@ -10,8 +10,8 @@ from ..data.questions import Question
 from ..data.views import read_prompts
 from ..flow.plan import Stage
 from ..flow.run import finish
+from ..judge.methods import told
 from ..stats import mean_se
-from .methods import told
 from ..store import read_records, write_json, write_records
 from ..training.checkpoints import workplace
 from ..training.models import fix, render

@@ -17,15 +17,15 @@ from ..flow.plan import DATASETS, Stage
 from ..flow.run import earlier, finish
 from ..judge import Judgement, agreement, faithful, faithfulness, hedged, letters_crossed, neither_enrichment, shown_to_judge
 from ..judge.faithfulness import NOTHING
-from .judges import Case, Judge, NotRun, by_asking, by_words, cases, takes, with_model
-from .methods import Method, answered, test_rows
-from .names import paper_row
+from ..judge.methods import Method, answered, test_rows
 from ..store import write_json, write_records
 from ..teacher.desks import replies_path
+from ..teacher.judges import Case, Judge, NotRun, by_asking, by_words, cases, takes, with_model
 from ..training.checkpoints import workplace
 from ..training.models import fix
 from ..types import Run
 from ..view.gather import write_table
+from ..view.names import paper_row
 from ..view.tables import MISSING, Html, missing, number, span, to_html
 
 # %% auto #0

@@ -20,12 +20,12 @@ from ..data.splits import drawn
 from ..flow.plan import Stage
 from ..flow.run import finish
 from ..judge import shown_to_judge
+from ..judge.methods import Method, answered, test_rows
 from ..judge.offence import CATEGORIES, Verdict, agreements, by_words, shares_row
 from ..providers.asking import Policy, ask
 from ..providers.cache import Cache, export_replies
 from ..providers.moderation import Moderator, moderation_request
 from ..settings import root
-from .methods import Method, answered, test_rows
 from ..store import plain, write_records
 from ..teacher.desks import all_answered, ended, replies_path, take_replies
 from ..training.classifier import label_scores, read_classifier

@@ -11,12 +11,12 @@ from string import ascii_uppercase
 
 import pandas as pd
 
+from ..data.comments import Voice, about, answer_wording, choice_wording, comment_wording, voices
 from ..data.questions import Question
 from ..flow.plan import Stage
 from ..flow.run import finish
+from ..judge.methods import told
 from ..settings import Sampling
-from .comments import Voice, about, answer_wording, choice_wording, comment_wording, voices
-from .methods import told
 from ..stats import mean_se
 from ..store import digest, read_records, write_json, write_records
 from ..training.checkpoints import workplace

@@ -15,7 +15,19 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..data.changed import PARTS, Changed, asked_after, begun, corrupted, crossed, grouped, letter_of, reasoning_of, reordered, swapped
+from valuecot.data.changed import (
+    PARTS,
+    Changed,
+    asked_after,
+    begun,
+    corrupted,
+    crossed,
+    grouped,
+    letter_of,
+    reasoning_of,
+    reordered,
+    swapped,
+)
 from ..data.questions import Question
 from ..data.splits import drawn
 from ..data.views import worded

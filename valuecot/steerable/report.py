@@ -8,20 +8,20 @@ __all__ = ['stage', 'report_tables', 'looked_into', 'run_report']
 # %% ../../nbs/steerable/90_report.ipynb #04b950a2
 from ..flow.plan import DATASETS, Stage
 from ..flow.run import finish
-from .comparisons import FAMILIES, compared
-from .efficiency import report_efficiency
-from .gains import ceilings, gains, read_three_ways
-from .judged import left
-from .methods import Benchmark, read_benchmark
-from .pages import answer_pages
-from .probed import probed
-from .quoted import quoted_tables
-from .review import first_sheet, judgements_of
-from .scores import confusion_table, score_table, scored
-from .shown import accuracy_figure
-from .soft import distance_table, margin_table, soft_table
+from ..judge.methods import Benchmark, read_benchmark
 from ..types import Run
+from ..view.answers import answer_pages
+from ..view.comparisons import FAMILIES, compared
+from ..view.gains import ceilings, gains, read_three_ways
 from ..view.gather import save_figures, write_table
+from ..view.judged import left
+from ..view.looks import report_efficiency
+from ..view.probed import probed
+from ..view.quoted import quoted_tables
+from ..view.review import first_sheet, judgements_of
+from ..view.scores import confusion_table, score_table, scored
+from ..view.shown import accuracy_figure
+from ..view.soft import distance_table, margin_table, soft_table
 
 # %% ../../nbs/steerable/90_report.ipynb #b064abe0
 stage = Stage("report", reads=("steerable", "steerable.design", "steerable.sft", "steerable.grpo", "steerable.prompted", "steerable.pluralism", "published.value_kaleidoscope", "published.opinionqa", "published.faithfulness", "published.offensiveness", "arm.{registry}"), inputs=("prompts", "traces", "sft", "grpo", "answers", "prompted", "pluralism", "probes", "faithfulness", "moderation"), report=True)

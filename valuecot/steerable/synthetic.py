@@ -11,9 +11,9 @@ from dataclasses import replace
 import pandas as pd
 
 from ..data.questions import Question
+from ..data.views import written
 from ..flow.plan import Stage
 from ..flow.run import finish
-from .traces_of import written
 from ..store import plain, read_records, write_records
 from ..teacher.asked import Quarantined
 from ..teacher.desks import replies_path

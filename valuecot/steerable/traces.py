@@ -7,9 +7,9 @@ __all__ = ['stage', 'answers', 'explanations', 'practice', 'run_traces']
 
 # %% ../../nbs/steerable/20_traces.ipynb #e1d35f0f
 from ..data.questions import Question
+from ..data.views import written
 from ..flow.plan import Stage
 from ..flow.run import finish
-from .traces_of import written
 from ..store import read_records, write_records
 from ..types import Run, Trace
 
