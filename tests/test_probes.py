@@ -16,7 +16,7 @@ import pytest
 import torch
 from test_resume import start
 
-from valuecot.data.changed import PARTS, asked_after, begun, corrupted, crossed, grouped, letter_of, reasoning_of, reordered, swapped
+from valuecot.data.changed import PARTS, asked_after, begun, corrupted, crossed, grouped, letter_of, reordered, swapped
 from valuecot.data.perspectives import survey_world, value_world
 from valuecot.data.questions import Question
 from valuecot.data.views import completion, worded
@@ -35,6 +35,7 @@ from valuecot.steerable.probes import (
     summary,
 )
 from valuecot.store import Journal, read_records, write_records
+from valuecot.text import before_answer
 from valuecot.training.models import load_model, train_tokenizer
 from valuecot.training.sampling import Drawing, ask_vllm, complete, cut_at, draw_all, drawing_of, load_engine, written
 from valuecot.types import Run
@@ -116,7 +117,7 @@ def test_a_crossed_reasoning_is_another_rows_and_answered_otherwise_where_there_
 
 @pytest.mark.parametrize(("text", "reasoning"), [("It helps.\n\nAnswer: A", "It helps."), ("Answer: A", ""), ("It helps, and", "It helps, and"), ("answer : A or\nAnswer: B", "answer : A or"), ("", "")])
 def test_a_reasoning_is_what_stands_before_the_last_answer(text, reasoning):
-    assert reasoning_of(text) == reasoning and asked_after("?", reasoning).endswith("Answer:")
+    assert before_answer(text) == reasoning and asked_after("?", reasoning).endswith("Answer:")
 
 
 # ---- what is read after a reasoning
@@ -144,7 +145,7 @@ def tokenizer():
 
 
 def given_of(world: list[Question], wrote: dict[str, str], view: str = "") -> Given:
-    return Given(world, grouped(world), view, {i: reasoning_of(text) for i, text in wrote.items()}, {q.id: q.gold for q in world})
+    return Given(world, grouped(world), view, {i: before_answer(text) for i, text in wrote.items()}, {q.id: q.gold for q in world})
 
 
 KINDS = "direct", "own", "early", "corrupted", "crossed"

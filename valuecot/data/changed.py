@@ -15,8 +15,8 @@ from ..store import digest
 from ..types import Shown
 
 # %% auto #0
-__all__ = ['PARTS', 'Changed', 'dice', 'grouped', 'differ', 'swapped', 'shares_of', 'reordered', 'letter_of', 'reasoning_of',
-           'asked_after', 'begun', 'corrupted', 'crossed']
+__all__ = ['PARTS', 'Changed', 'dice', 'grouped', 'differ', 'swapped', 'shares_of', 'reordered', 'letter_of', 'asked_after',
+           'begun', 'corrupted', 'crossed']
 
 # %% ../../nbs/data/36_changed.ipynb #5b8a9bff
 @dataclass(frozen=True)
@@ -87,12 +87,6 @@ def letter_of(text: str | None, question: Question) -> str | None:
     return next((letter for letter in question.letters if question.option_text(letter) == text), None)
 
 # %% ../../nbs/data/36_changed.ipynb #9721affb
-def reasoning_of(completion: str) -> str:
-    "What was written before the answer."
-    marks = list(re.finditer(r"answer\s*:", completion, re.IGNORECASE))  # as `parse_answer` looks for it
-    return (completion[: marks[-1].start()] if marks else completion).strip()
-
-
 def asked_after(prompt: str, reasoning: str) -> str:  # up to where a letter would stand
     "A rendered prompt, a reasoning, and the question for the letter."
     return prompt + (f"{reasoning}\n\nAnswer:" if reasoning else "Answer:")

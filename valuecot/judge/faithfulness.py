@@ -21,7 +21,7 @@ from ..data.questions import Question
 from .spans import PLAIN, stem
 from .unfaithful import hedges
 from ..stats import Interval, bootstrap_sums, same_length, share
-from ..text import split_reasoning
+from ..text import before_answer, split_reasoning
 from ..types import Shown
 
 # %% auto #0
@@ -57,8 +57,7 @@ def without_letter(text: str, letters: str = ascii_uppercase) -> str:
 def reasoning_of(completion: str, letters: Sequence[str] = ascii_uppercase) -> str:  # "" for none
     "What a completion says before its answer."
     text = "\n".join(part for part in split_reasoning(completion) if part)
-    marks = list(_mark.finditer(text))
-    before = text[: marks[-1].start()] if marks else text
+    before = before_answer(text)
     while _mark.search(before):  # what stood around one may make another
         before = _marked.sub("", before)
     return without_letter(re.sub(r"\n\s*\n+", "\n", before).strip(), "".join(letters))

@@ -24,7 +24,6 @@ from valuecot.data.changed import (
     crossed,
     grouped,
     letter_of,
-    reasoning_of,
     reordered,
     swapped,
 )
@@ -37,7 +36,7 @@ from ..judge import Interval
 from ..judge import swapped as swap_shares
 from ..stats import bootstrap_sums, share
 from ..store import Journal, digest, read_records, write_records
-from ..text import parse_answer
+from ..text import before_answer, parse_answer
 from ..training.checkpoints import workplace
 from ..training.letters import Letters, letter_shares
 from ..training.models import fix, load_model, render
@@ -99,7 +98,7 @@ def read_given(run: Run) -> Given:
     test = [q for q in read_records(run.folder("prompts") / "questions.jsonl", Question) if q.split == "test"]
     lines = (run.folder("answers") / "completions.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     wrote = {row["id"]: row["completion"] for row in map(json.loads, lines) if row["sample"] == 0}
-    return Given(drawn(test, probes.rows, probes.seed), grouped(test), arm.view, {q.id: reasoning_of(wrote[q.id]) for q in test}, {q.id: parse_answer(wrote[q.id]) for q in test})
+    return Given(drawn(test, probes.rows, probes.seed), grouped(test), arm.view, {q.id: before_answer(wrote[q.id]) for q in test}, {q.id: parse_answer(wrote[q.id]) for q in test})
 
 # %% ../../nbs/steerable/55_probes.ipynb #409cc315
 @dataclass(frozen=True)
