@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['Mean', 'mean_se', 'wilson', 'Bin', 'binned', 'Paired', 'mcnemar', 'exact_binomial', 'flip_test', 'Interval',
-           'bootstrap', 'bootstrap_sums', 'share', 'paired_interval', 'DesignEffect', 'design_effect', 'holm',
-           'minimum_detectable_effect', 'flags', 'numbers', 'same_length', 'cluster_codes', 'cluster_sums']
+           'bootstrap', 'bootstrap_sums', 'share', 'paired_interval', 'Crossed', 'crossed', 'DesignEffect',
+           'design_effect', 'holm', 'minimum_detectable_effect', 'flags', 'numbers', 'same_length', 'cluster_codes',
+           'cluster_sums']
 
 # %% ../../nbs/stats/19_face.ipynb #4079ec4c
 from .clusters import DesignEffect, Interval, bootstrap, bootstrap_sums, design_effect, paired_interval, share  # noqa: F401
+from .crossed import Crossed, crossed  # noqa: F401
 from .many import holm, minimum_detectable_effect  # noqa: F401
 from .means import Bin, Mean, binned, mean_se, wilson  # noqa: F401
 from .paired import Paired, exact_binomial, flip_test, mcnemar  # noqa: F401
@@ -17,5 +19,5 @@ from .rows import cluster_codes, cluster_sums, flags, numbers, same_length  # no
 # %% ../../nbs/stats/19_face.ipynb #8c75c8db
 _all_ = [
     "Mean", "mean_se", "wilson", "Bin", "binned", "Paired", "mcnemar", "exact_binomial", "flip_test", "Interval", "bootstrap", "bootstrap_sums", "share",
-    "paired_interval", "DesignEffect", "design_effect", "holm", "minimum_detectable_effect", "flags", "numbers", "same_length", "cluster_codes", "cluster_sums",
+    "paired_interval", "Crossed", "crossed", "DesignEffect", "design_effect", "holm", "minimum_detectable_effect", "flags", "numbers", "same_length", "cluster_codes", "cluster_sums",
 ]  # fmt: skip
