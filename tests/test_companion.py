@@ -12,7 +12,7 @@ import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from valuecot.companion import pages
+from valuecot.companion import pages, safe
 from valuecot.settings import root
 from valuecot.types import Landscape, Prompt, Trace
 from valuecot.view.browser import SCRIPT, Browser, Entry
@@ -347,7 +347,7 @@ def test_broken_card_names_the_run(tmp_path):
     ],
 )
 def test_cleaner_lets_nothing_active_through(text):
-    cleaned = pages.clean(text, lambda run: None)
+    cleaned = safe.clean(text, lambda run: None)
     seen = Loads(cleaned)
     assert not seen.handlers and not seen.scripts
     assert not re.search(r"javascript:|evil|svg", " ".join(seen.loads + seen.links))
