@@ -122,6 +122,7 @@ def captioned(
     layout: dict,  # plotly layout
     alt: str,
     caption: str,
+    runs: tuple[str, ...] = (),  # that the figure was read from
 ) -> dict:  # plotly layout
     "`layout` with its description in `meta`, and the caption below the axes."
     lines, bottom = wrap(caption, 125, "<br>"), layout["margin"]["b"]
@@ -133,7 +134,7 @@ def captioned(
         "height": layout["height"] + extra,
         "margin": {**layout["margin"], "b": bottom + extra},
         "annotations": [*layout.get("annotations", []), *([note] if caption else [])],
-        "meta": {**layout.get("meta", {}), "alt": alt, "caption": caption, "caption_height": extra},
+        "meta": {**layout.get("meta", {}), "alt": alt, "caption": caption, "caption_height": extra, **({"runs": list(runs)} if runs else {})},
     }
 
 # %% ../../nbs/view/60_theme.ipynb #4ea9c36b
@@ -145,6 +146,7 @@ class Figure:
     draw: Callable[[], Canvas]  # the matplotlib twin
     alt: str  # what is to be seen, for those who cannot see it
     caption: str = ""  # arm, profile, n, seeds, revision; what was cut or left out
+    runs: tuple[str, ...] = ()  # that its numbers were read from, as stage/model/arm/seed<k>
 
     def png(self, dpi: int = 200) -> bytes:
         "The twin as PNG, with the caption under it."
@@ -174,7 +176,7 @@ class Figure:
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
         return {
-            "application/vnd.plotly.v1+json": {"data": self.plotly["data"], "layout": captioned(self.plotly["layout"], self.alt, self.caption)},
+            "application/vnd.plotly.v1+json": {"data": self.plotly["data"], "layout": captioned(self.plotly["layout"], self.alt, self.caption, self.runs)},
             "image/png": base64.b64encode(self.picture).decode(),
             "text/plain": "\n".join([self.alt, self.caption]).strip(),
         }
