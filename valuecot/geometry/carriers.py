@@ -27,6 +27,7 @@ from ..view.heat import heat_maps
 from ..view.tables import Html, number, to_html, with_se
 from ..view.theme import Figure
 from ..view.timeline import timeline
+from ..view.tokens import shares_figure, token_text
 
 # %% ../../nbs/geometry/92_carriers.ipynb #2a60291d
 stage = Stage(
