@@ -63,9 +63,13 @@ STAGES = {  # in the order of the data flow; a stage that is not here comes last
     "spectrum": "Spectrum",
     "range": "Landscape range",
     "landscape": "Landscape",
+    "attribution": "Attribution",
+    "matrix": "Arm by target",
+    "timeline": "Timeline",
+    "carriers": "What carries the curvature",
     "report": "Report",
 }
-SINGLE = ("report", "audit", "arms")  # stages that are read more than run: no list leads to their one page, which shows results first and hands out its tables
+SINGLE = ("report", "audit", "arms", "carriers")  # stages that are read more than run: no list leads to their one page, which shows results first and hands out its tables
 
 
 
