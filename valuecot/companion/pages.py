@@ -62,9 +62,12 @@ STAGES = {  # in the order of the data flow; a stage that is not here comes last
     "spectrum": "Spectrum",
     "range": "Landscape range",
     "landscape": "Landscape",
+    "annealing": "Annealing",
+    "behaviour": "Behaviour",
+    "conduct": "Does it anneal, and does flat behave better?",
     "report": "Report",
 }
-SINGLE = ("report", "audit", "arms")  # stages that are read more than run: no list leads to their one page, which shows results first and hands out its tables
+SINGLE = ("report", "audit", "arms", "conduct")  # stages that are read more than run: no list leads to their one page, which shows results first and hands out its tables
 
 
 
