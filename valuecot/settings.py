@@ -465,7 +465,7 @@ class Moderation:
 class SteerableHessian:
     "[steerable.hessian]: curvature of the arms on test questions."
 
-    arms: tuple[str, ...]  # of the design; () for none, and then there is no such stage
+    targets: tuple[Literal["own", "common"], ...]  # own: text of the kind that an arm learnt from; common: the gold answer alone; () for none, and then there is no such stage
     rows: int  # test questions of a subset
     subsets: int  # disjoint
     top_n: int
@@ -477,7 +477,7 @@ class SteerableHessian:
 
     def __post_init__(self):
         if not self.rows:
-            raise ValueError("steerable.hessian.rows = 0: a subset needs at least one question; to leave the stage out, set steerable.hessian.arms to nothing")
+            raise ValueError("steerable.hessian.rows = 0: a subset needs at least one question; to leave the stage out, set steerable.hessian.targets to nothing")
 
 # %% ../nbs/01_settings.ipynb #64085721-11
 @dataclass(frozen=True)

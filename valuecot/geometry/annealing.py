@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from ..flow.plan import Stage
 from ..flow.run import finish
-from ..settings import Annealing
 from ..stats import mean_se
 from ..store import read_records, write_json, write_records
 from ..teacher.asked import read_traces
