@@ -5,10 +5,15 @@
 # %% auto #0
 __all__ = ['Mean', 'mean_se', 'wilson', 'Bin', 'binned', 'Paired', 'mcnemar', 'exact_binomial', 'flip_test', 'Interval',
            'bootstrap', 'bootstrap_sums', 'share', 'paired_interval', 'DesignEffect', 'design_effect', 'holm',
-           'minimum_detectable_effect', 'flags', 'numbers', 'same_length', 'cluster_codes', 'cluster_sums']
+           'minimum_detectable_effect', 'flags', 'numbers', 'same_length', 'cluster_codes', 'cluster_sums', 'Welch',
+           'welch', 'Permuted', 'permutation_test', 'Equivalence', 'equivalence', 'detectable_difference',
+           'Correlation', 'correlation', 'LevelError', 'LevelInterval', 'error_by_level', 'hierarchical_bootstrap',
+           'paired_levels']
 
 # %% ../../nbs/stats/19_face.ipynb #4079ec4c
 from .clusters import DesignEffect, Interval, bootstrap, bootstrap_sums, design_effect, paired_interval, share  # noqa: F401
+from .groups import Correlation, Equivalence, Permuted, Welch, correlation, detectable_difference, equivalence, permutation_test, welch  # noqa: F401
+from .levels import LevelError, LevelInterval, error_by_level, hierarchical_bootstrap, paired_levels  # noqa: F401
 from .many import holm, minimum_detectable_effect  # noqa: F401
 from .means import Bin, Mean, binned, mean_se, wilson  # noqa: F401
 from .paired import Paired, exact_binomial, flip_test, mcnemar  # noqa: F401
@@ -18,4 +23,6 @@ from .rows import cluster_codes, cluster_sums, flags, numbers, same_length  # no
 _all_ = [
     "Mean", "mean_se", "wilson", "Bin", "binned", "Paired", "mcnemar", "exact_binomial", "flip_test", "Interval", "bootstrap", "bootstrap_sums", "share",
     "paired_interval", "DesignEffect", "design_effect", "holm", "minimum_detectable_effect", "flags", "numbers", "same_length", "cluster_codes", "cluster_sums",
+    "Welch", "welch", "Permuted", "permutation_test", "Equivalence", "equivalence", "detectable_difference", "Correlation", "correlation",
+    "LevelError", "LevelInterval", "error_by_level", "hierarchical_bootstrap", "paired_levels",
 ]  # fmt: skip
