@@ -183,6 +183,41 @@ rule landscape:
     shell: CALL
 
 
+rule attribution:
+    input: needs("attribution")
+    output: made("attribution")
+    params: job=path_of("attribution")
+    log: log_of("attribution")
+    resources: gpu=CARDS
+    shell: CALL
+
+
+rule matrix:
+    input: needs("matrix")
+    output: made("matrix")
+    params: job=path_of("matrix")
+    log: log_of("matrix")
+    resources: gpu=CARDS
+    shell: CALL
+
+
+rule timeline:
+    input: needs("timeline")
+    output: made("timeline")
+    params: job=path_of("timeline")
+    log: log_of("timeline")
+    resources: gpu=CARDS
+    shell: CALL
+
+
+rule carriers:
+    input: needs("carriers")
+    output: made("carriers")
+    params: job=path_of("carriers")
+    log: log_of("carriers")
+    shell: CALL
+
+
 rule annealing:
     input: needs("annealing")
     output: made("annealing")

@@ -19,15 +19,16 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from .types import Arm
+from .types import TRACE_STYLES, Arm
 
 # %% auto #0
-__all__ = ['records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Weights', 'Data', 'Design', 'Traces', 'TeacherModel',
-           'SFT', 'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'Annealing', 'ModelShape', 'Machine',
-           'BaseModel', 'Steerable', 'Drawn', 'Sampling', 'Validated', 'SteerableTraces', 'Prompted', 'Pluralism',
-           'Probes', 'Faithfulness', 'Moderation', 'SteerableHessian', 'SteerableSFT', 'SteerableGRPO', 'record_of',
-           'cast', 'published', 'read_file', 'notes', 'optional', 'put', 'parse_overrides', 'typed', 'Settings', 'load',
-           'check_design', 'check_teachers', 'check_named', 'check_once', 'for_arm', 'needed_alone', 'tell']
+__all__ = ['MEASURED', 'records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Weights', 'Data', 'Design', 'Traces',
+           'TeacherModel', 'SFT', 'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'Annealing', 'Matrix',
+           'Timeline', 'ModelShape', 'Machine', 'BaseModel', 'Steerable', 'Drawn', 'Sampling', 'Validated',
+           'SteerableTraces', 'Prompted', 'Pluralism', 'Probes', 'Faithfulness', 'Moderation', 'SteerableHessian',
+           'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast', 'published', 'read_file', 'notes', 'optional', 'put',
+           'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'check_teachers', 'check_named',
+           'check_once', 'for_arm', 'needed_alone', 'tell']
 
 # %% ../nbs/01_settings.ipynb #8ad55607
 def root(
@@ -273,6 +274,32 @@ class Annealing:
 
     prompts: int  # at most
     batch_size: int  # sequences at once; memory only
+
+
+MEASURED = "completion", "reasoning", "response"  # what a curvature may be taken over
+
+
+@dataclass(frozen=True)
+class Matrix:
+    "[geometry.matrix]: the texts that every arm's checkpoint is measured on."
+
+    targets: tuple[str, ...]  # "style/part", or "own" for the arm's own target
+    subsets: int  # the first so many of those there are
+
+    def __post_init__(self):
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"geometry.matrix.targets = {', '.join(self.targets) or 'nothing'}: name each once, and at least one")
+        for named in self.targets:
+            style, _, part = named.partition("/")
+            if named != "own" and (style not in TRACE_STYLES or part not in MEASURED):
+                raise ValueError(f"geometry.matrix.targets: {named!r} is no style/part; styles are {', '.join(TRACE_STYLES)}, parts {', '.join(MEASURED)}; own is the arm's own")
+
+
+@dataclass(frozen=True)
+class Timeline:
+    "[geometry.timeline]: weights kept while a policy learns."
+
+    snapshots: int  # of each training, evenly spaced, without its two ends; 0: none
 
 # %% ../nbs/01_settings.ipynb #64085721-6
 @dataclass(frozen=True)
@@ -561,6 +588,8 @@ records = {
     "geometry.hessian": Hessian,
     "geometry.landscape": Grid,
     "geometry.annealing": Annealing,
+    "geometry.matrix": Matrix,
+    "geometry.timeline": Timeline,
     "base_model": BaseModel,
     "machine": Machine,
     "steerable": Steerable,
@@ -609,7 +638,7 @@ def cast(
         raise ValueError(f"{where} = {text!r} is not {'a whole number' if kind is int else 'a number'}") from None
     if not 0 <= value < float("inf"):
         raise ValueError(f"{where} = {text!r} must be finite and not negative")
-    if kind is int and value == 0 and not where.endswith(("seed", "seeds", "top_k", "head_dim", "linear_heads", "per_minute", "max_prompt_length", "patience", "rows", "points", "scenarios", "survey_questions")):
+    if kind is int and value == 0 and not where.endswith(("seed", "seeds", "top_k", "head_dim", "linear_heads", "per_minute", "max_prompt_length", "patience", "rows", "points", "snapshots", "scenarios", "survey_questions")):
         raise ValueError(f"{where} = 0 would leave nothing to do: it counts something, so at least 1")
     return value
 

@@ -16,13 +16,13 @@ from ..store import load_tensors, read_json, read_records
 from ..teacher.asked import read_traces
 from ..teacher.styles import ASKED
 from ..types import Landscape, Prompt, Rollout, Run, Trace
-from ..view.gather import collect, curve_figures, curves, sampled, save_figures, write_table
+from ..view.gather import collect, curve_figures, curves, sampled, save_figures, sources, write_table
 from ..view.landscapes import contours, surfaces
 from ..view.tables import Html, to_html, with_se
 from ..view.theme import Figure
 
 # %% auto #0
-__all__ = ['stage', 'titles', 'sources', 'spread', 'eigenvalue_table', 'paired', 'shown', 'evidence', 'landscape_figure',
+__all__ = ['stage', 'titles', 'spread', 'eigenvalue_table', 'paired', 'shown', 'evidence', 'landscape_figure',
            'landscape_figures', 'by_teacher', 'teacher_table', 'table_3', 'table_4', 'text_rows', 'run_report']
 
 # %% ../../nbs/geometry/90_report.ipynb #b5f2d284
@@ -32,13 +32,6 @@ stage = Stage(
     inputs=("prompts", "traces", "base_model", "reward_model", "sft", "grpo", "samples", "spectrum", "range", "landscape"),
     report=True,
 )
-
-# %% ../../nbs/geometry/90_report.ipynb #b476fd5e
-def sources(run: Run, *stages: str) -> Html:
-    "Links to the runs behind a table or figure."
-    names = [n for n in run.inputs if n.split("/")[0] in stages]
-    text = {n: " · ".join(p.replace("seed", "seed ") for p in n.split("/") if p != "all") for n in names}
-    return Html("<p>Made by: " + ", ".join(f'<a href="run:{n}">{text[n]}</a>' for n in names) + "</p>")
 
 # %% ../../nbs/geometry/90_report.ipynb #61446741
 def spread(rows: pd.DataFrame, column: str, over: str) -> tuple[float, float]:  # mean, standard error

@@ -21,11 +21,12 @@ from ..training.checkpoints import save_history, stored_parameters, training_key
 from ..training.grpo import fitting, kept_completions
 from ..training.launch import Work, train
 from ..training.models import fix
+from ..training.snapshots import keep_snapshots, snapshots_of
 from ..training.validation import validation_of
 from ..types import Checkpoint, Run
 
 # %% ../../nbs/stages/40_grpo.ipynb #ed96d5b6
-stage = Stage("grpo", levels=("model", "dataset", "arm", "seed"), reads=("{study}.grpo", "{study}.reward_model?", "arm.{arm}", "machine", "{study}.validation?"), inputs=("prompts", "reward_model@judge", "sft|base_model"), only="grpo")
+stage = Stage("grpo", levels=("model", "dataset", "arm", "seed"), reads=("{study}.grpo", "{study}.reward_model?", "arm.{arm}", "machine", "{study}.validation?", "{study}.timeline?"), inputs=("prompts", "reward_model@judge", "sft|base_model"), only="grpo")
 
 # %% ../../nbs/stages/40_grpo.ipynb #fb17a067
 def run_grpo(run: Run) -> Checkpoint:
@@ -37,9 +38,10 @@ def run_grpo(run: Run) -> Checkpoint:
     used = fitting(AutoConfig.from_pretrained(run.policy), AutoTokenizer.from_pretrained(run.policy), prompts, settings, arm.thinking)
     judged = {"judge": run.folder("reward_model") / "model", "scope": run.settings[f"{run.study}.reward_model"].scope} if arm.reward == "judge" else {}
     place = workplace(run)
-    work = Work("grpo", run.policy, run.out / "model", place, used, asdict(settings), arm.thinking, run.seed, training_key(run), reward=arm.reward, **judged, machine=run.settings["machine"], validation=validation_of(run, arm))
+    work = Work("grpo", run.policy, run.out / "model", place, used, asdict(settings), arm.thinking, run.seed, training_key(run), reward=arm.reward, **judged, machine=run.settings["machine"], validation=validation_of(run, arm), snapshots=snapshots_of(run))
     steps = save_history(train(work), run.out / "history.jsonl")
+    kept = keep_snapshots(work.place / "snapshots", run.out / "snapshots", work.snapshots, steps)
     write_records(run.out / "completions.jsonl", kept_completions(place / "completions.jsonl"))
-    counts = {"validation rows": len(work.validation.prompts) if work.validation else 0, "prompts": len(used), "prompts too long": len(prompts) - len(used), "start": run.start, "steps": steps, "completions_per_step": completions_per_update(settings)}
+    counts = {"snapshots": kept, "validation rows": len(work.validation.prompts) if work.validation else 0, "prompts": len(used), "prompts too long": len(prompts) - len(used), "start": run.start, "steps": steps, "completions_per_step": completions_per_update(settings)}
     finish(run, counts, device, "torch.float32")
     return Checkpoint(run.out / "model", "grpo", run.model, run.arm, run.seed, stored_parameters(run.out / "model"), steps)

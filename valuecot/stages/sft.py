@@ -19,11 +19,12 @@ from ..teacher.styles import ASKED
 from ..training.checkpoints import save_history, stored_parameters, training_key, workplace
 from ..training.launch import Work, train
 from ..training.models import conversation, fix
+from ..training.snapshots import keep_snapshots, snapshots_of
 from ..training.validation import validation_of
 from ..types import Arm, Checkpoint, Prompt, Run, Trace
 
 # %% ../../nbs/stages/20_sft.ipynb #dbf31b07
-stage = Stage("sft", levels=("model", "dataset", "arm", "seed"), reads=("{study}.sft", "arm.{arm}", "machine", "{study}.validation?"), inputs=("prompts", "traces", "synthetic@synthetic", "base_model"), only="sft", same=("sft", "thinking", "fraction", "answer_weight", "view", "start", "reasoning", "changes"))
+stage = Stage("sft", levels=("model", "dataset", "arm", "seed"), reads=("{study}.sft", "arm.{arm}", "machine", "{study}.validation?", "{study}.timeline?"), inputs=("prompts", "traces", "synthetic@synthetic", "base_model"), only="sft", same=("sft", "thinking", "fraction", "answer_weight", "view", "start", "reasoning", "changes"))
 
 # %% ../../nbs/stages/20_sft.ipynb #9b14d3a6
 def first_words(text: str, part: float) -> str:
@@ -63,7 +64,8 @@ def run_sft(run: Run) -> Checkpoint:
     if arm.sft == "synthetic":  # a stage of its own, so that its teachers touch no other arm
         traces = read_records(run.folder("synthetic") / "traces.jsonl", Trace)
     rows, lacking = sft_rows(prompts, traces, arm)
-    work = Work("sft", run.policy, run.out / "model", workplace(run), rows, asdict(settings), arm.thinking, run.seed, training_key(run), arm.answer_weight, machine=run.settings["machine"], validation=validation_of(run, arm))
+    work = Work("sft", run.policy, run.out / "model", workplace(run), rows, asdict(settings), arm.thinking, run.seed, training_key(run), arm.answer_weight, machine=run.settings["machine"], validation=validation_of(run, arm), snapshots=snapshots_of(run))
     steps = save_history(train(work), run.out / "history.jsonl")
-    finish(run, {"validation rows": len(work.validation.prompts) if work.validation else 0, "rows": len(rows), "prompts without a trace": lacking, "style": arm.sft, "steps": steps}, device, "torch.float32")
+    kept = keep_snapshots(work.place / "snapshots", run.out / "snapshots", work.snapshots, steps)
+    finish(run, {"snapshots": kept, "validation rows": len(work.validation.prompts) if work.validation else 0, "rows": len(rows), "prompts without a trace": lacking, "style": arm.sft, "steps": steps}, device, "torch.float32")
     return Checkpoint(run.out / "model", "sft", run.model, run.arm, run.seed, stored_parameters(run.out / "model"), steps)

@@ -24,6 +24,7 @@ from .grpo import Reward, any_letter_reward, format_reward, grpo_trainer, judge_
 from .judge import ScalarReward
 from .models import check_weights, fix, load_model, opens_thinking, save_model
 from .sft import sft_trainer
+from .snapshots import Snapshots
 from .validation import Validate, Validation
 from ..types import Shown
 
@@ -50,6 +51,7 @@ class Work(Shown):
     scope: Literal["response", "full"] = "response"
     machine: Machine = field(default_factory=Machine)
     validation: Validation | None = None  # rows that it is asked while it learns
+    snapshots: int = 0  # weights kept while it learns, in `place`
 
 
 def read_work(path: Path) -> Work:
@@ -97,6 +99,8 @@ def do(work: Work) -> list[dict]:  # history
     machine = work.machine
     if work.validation and machine.sharding == "fsdp2":
         raise ValueError("validation while learning needs the whole model in one process, and machine.sharding = fsdp2 parts it: set steerable.validation.points=0")
+    if work.snapshots and machine.sharding == "fsdp2":
+        raise ValueError("snapshots while learning need the whole model in one process, and machine.sharding = fsdp2 parts it: set geometry.timeline.snapshots=0")
     device = my_device(work.seed, machine)
     model, tokenizer = load_model(work.model, "cpu" if machine.sharding == "fsdp2" else device)
     common = dict(seed=work.seed, out=work.place, device=device.split(":")[0], key=work.key, machine=machine)
@@ -106,6 +110,8 @@ def do(work: Work) -> list[dict]:  # history
         trainer = grpo_trainer(model, tokenizer, work.rows, reward_of(work, tokenizer, device), GRPO(**work.settings), work.thinking, **common)
     if work.validation:
         trainer.add_callback(Validate(work.validation, tokenizer, work.thinking))
+    if work.snapshots:
+        trainer.add_callback(Snapshots(work.place / "snapshots", work.snapshots))
     if (found := trainer.accelerator.num_processes) != machine.processes:
         raise RuntimeError(f"{machine.processes} processes were asked for, {found} run")
     log = fit(trainer)

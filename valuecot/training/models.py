@@ -9,6 +9,7 @@ import ctypes
 import random
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,13 @@ from ..settings import ModelShape
 from ..teacher.styles import style
 from ..text import completion_text, well_formed
 from .weights import check_folder, read_model, read_tokenizer
-from ..types import Arm, Prompt, Trace
+from ..types import Arm, Prompt, Shown, Trace
 
 # %% auto #0
 __all__ = ['pattern', 'marks', 'plain', 'hold_memory', 'fix', 'chat_template', 'train_tokenizer', 'render', 'opens_thinking',
-           'template_options', 'conversation', 'encode', 'end_of_turn', 'choose_template', 'check_format', 'targets',
-           'shape_config', 'scratch_config', 'scratch_model', 'parameter_count', 'check_weights', 'save_model',
-           'load_model']
+           'template_options', 'conversation', 'Layout', 'laid_out', 'encode', 'end_of_turn', 'choose_template',
+           'check_format', 'Target', 'chosen_texts', 'target_examples', 'targets', 'shape_config', 'scratch_config',
+           'scratch_model', 'parameter_count', 'check_weights', 'save_model', 'load_model']
 
 # %% ../../nbs/training/50_models.ipynb #7bb567e8
 def hold_memory() -> None:
@@ -102,14 +103,20 @@ def conversation(prompt: Prompt, trace: Trace, thinking: bool) -> dict[str, obje
     }
 
 # %% ../../nbs/training/50_models.ipynb #a9697bd4
-def encode(
-    tokenizer,
-    prompt: Prompt,
-    trace: Trace,
-    thinking: bool,
-    part: str = "completion",  # scored: completion = reasoning + response, prompt, text = all; as in Arm
-) -> dict[str, torch.Tensor]:  # input_ids, labels (T,)
-    "Tokens of one example for the Hessian; labels are -100 where nothing is scored."
+@dataclass(frozen=True)
+class Layout:
+    "An example as text and as tokens."
+
+    text: str  # prompt and completion, as the chat template writes them
+    prompt: int  # characters of the prompt
+    border: int  # character behind the reasoning; `prompt` where there is none
+    ids: list[int]
+    offsets: list[tuple[int, int]]  # characters of each token
+    start: int  # first token of the completion
+
+
+def laid_out(tokenizer, prompt: Prompt, trace: Trace, thinking: bool) -> Layout:
+    "Text and tokens of one example; a template that does not fit them together is an error."
     row = conversation(prompt, trace, thinking)
     before = render(tokenizer, prompt.text, thinking)
     whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False, **template_options(thinking))
@@ -121,7 +128,20 @@ def encode(
     ids, asked = read["input_ids"], tokenizer(before, add_special_tokens=False)["input_ids"]
     if ids[: (start := len(asked))] != asked:
         raise ValueError(f"prompt {prompt.id}: a token reaches across the end of the prompt {before[-40:]!r}, so training would see other tokens than generation: the chat template has to end its prompt where a token ends")
-    middle = next((i for i, (at, _) in enumerate(read["offset_mapping"]) if i >= start and at >= border), len(ids))
+    return Layout(whole, len(before), border, ids, read["offset_mapping"], start)
+
+
+def encode(
+    tokenizer,
+    prompt: Prompt,
+    trace: Trace,
+    thinking: bool,
+    part: str = "completion",  # scored: completion = reasoning + response, prompt, text = all; as in Arm
+) -> dict[str, torch.Tensor]:  # input_ids, labels (T,)
+    "Tokens of one example for the Hessian; labels are -100 where nothing is scored."
+    read = laid_out(tokenizer, prompt, trace, thinking)
+    ids, start = read.ids, read.start
+    middle = next((i for i, (at, _) in enumerate(read.offsets) if i >= start and at >= read.border), len(ids))
     first, last = {"completion": (start, None), "reasoning": (start, middle), "response": (middle, None), "prompt": (0, start), "text": (0, None)}[part]
     labels = torch.full((len(ids),), -100)
     labels[first:last] = torch.tensor(ids)[first:last]
@@ -164,13 +184,49 @@ def check_format(tokenizer, prompt: Prompt, trace: Trace) -> None:
         encode(tokenizer, prompt, trace, thinking)
 
 # %% ../../nbs/training/50_models.ipynb #7c99b2dc
-def targets(tokenizer, prompts: list[Prompt], traces: list[Trace], arm: Arm, subset: int) -> list[dict[str, torch.Tensor]]:
-    "Examples of evaluation subset `subset` for `arm`, in the order of prompt ids; prompts that a control's rule does not fit are left out."
-    written = {t.prompt_id: t for t in traces if t.style == arm.target}
-    chosen = sorted((p for p in prompts if p.subset == subset and (p.id in written or not style(arm.target).of)), key=lambda p: p.id)
+@dataclass(frozen=True)
+class Target(Shown):
+    "A kind of text that curvature is taken over; it says nothing of whose weights are measured."
+
+    style: str  # of the traces
+    part: str  # scored of it, as in Arm
+    thinking: bool  # the prompt opens a reasoning
+
+    @classmethod
+    def of(cls, arm: Arm) -> Target:
+        "The arm's own."
+        return cls(arm.target, arm.part, arm.thinking)
+
+    @classmethod
+    def read(cls, name: str, arm: Arm) -> Target:
+        "As settings name it: `own`, or style/part; what holds a reasoning is asked for with thinking, a response alone as a base arm's."
+        style, _, part = name.partition("/")
+        return cls.of(arm) if name == "own" else cls(style, part, part != "response")
+
+    @property
+    def name(self) -> str:
+        "As tables print it."
+        odd = "" if self.thinking == (self.part != "response") else (" (thinking)" if self.thinking else " (not thinking)")
+        return f"{self.style}/{self.part}{odd}"
+
+
+def chosen_texts(prompts: list[Prompt], traces: list[Trace], target: Target, subset: int) -> list[tuple[Prompt, Trace]]:
+    "Texts of evaluation subset `subset`, in the order of prompt ids; prompts that a control's rule does not fit are left out."
+    written = {t.prompt_id: t for t in traces if t.style == target.style}
+    chosen = sorted((p for p in prompts if p.subset == subset and (p.id in written or not style(target.style).of)), key=lambda p: p.id)
     if not chosen or any(p.id not in written for p in chosen):
-        raise ValueError(f"subset {subset} has {len(chosen)} prompts, of which {sum(p.id in written for p in chosen)} have a {arm.target} trace")
-    return [encode(tokenizer, p, written[p.id], arm.thinking, arm.part) for p in chosen]
+        raise ValueError(f"subset {subset} has {len(chosen)} prompts, of which {sum(p.id in written for p in chosen)} have a {target.style} trace")
+    return [(p, written[p.id]) for p in chosen]
+
+
+def target_examples(tokenizer, prompts: list[Prompt], traces: list[Trace], target: Target, subset: int) -> list[dict[str, torch.Tensor]]:
+    "Examples of one subset on any kind of text: the same tokens for every checkpoint of a family."
+    return [encode(tokenizer, p, t, target.thinking, target.part) for p, t in chosen_texts(prompts, traces, target, subset)]
+
+
+def targets(tokenizer, prompts: list[Prompt], traces: list[Trace], arm: Arm, subset: int) -> list[dict[str, torch.Tensor]]:
+    "Examples of one subset for `arm`: on its own target."
+    return target_examples(tokenizer, prompts, traces, Target.of(arm), subset)
 
 # %% ../../nbs/training/50_models.ipynb #34710f39
 def shape_config(shape: ModelShape, **tokens: int):  # -> PreTrainedConfig
