@@ -218,6 +218,31 @@ rule carriers:
     shell: CALL
 
 
+rule annealing:
+    input: needs("annealing")
+    output: made("annealing")
+    params: job=path_of("annealing")
+    log: log_of("annealing")
+    resources: gpu=CARDS
+    shell: CALL
+
+
+rule behaviour:
+    input: needs("behaviour")
+    output: made("behaviour")
+    params: job=path_of("behaviour")
+    log: log_of("behaviour")
+    shell: CALL
+
+
+rule conduct:
+    input: needs("conduct")
+    output: made("conduct")
+    params: job=path_of("conduct")
+    log: log_of("conduct")
+    shell: CALL
+
+
 # ---- steerable
 rule synthetic:
     input: needs("synthetic")

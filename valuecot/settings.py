@@ -23,12 +23,12 @@ from .types import TRACE_STYLES, Arm
 
 # %% auto #0
 __all__ = ['MEASURED', 'records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Weights', 'Data', 'Design', 'Traces',
-           'TeacherModel', 'SFT', 'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'Matrix', 'Timeline',
-           'ModelShape', 'Machine', 'BaseModel', 'Steerable', 'Drawn', 'Sampling', 'Validated', 'SteerableTraces',
-           'Prompted', 'Pluralism', 'Probes', 'Faithfulness', 'Moderation', 'SteerableSFT', 'SteerableGRPO',
-           'record_of', 'cast', 'published', 'read_file', 'notes', 'optional', 'put', 'parse_overrides', 'typed',
-           'Settings', 'load', 'check_design', 'check_teachers', 'check_named', 'check_once', 'for_arm', 'needed_alone',
-           'tell']
+           'TeacherModel', 'SFT', 'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'Annealing', 'Matrix',
+           'Timeline', 'ModelShape', 'Machine', 'BaseModel', 'Steerable', 'Drawn', 'Sampling', 'Validated',
+           'SteerableTraces', 'Prompted', 'Pluralism', 'Probes', 'Faithfulness', 'Moderation', 'SteerableHessian',
+           'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast', 'published', 'read_file', 'notes', 'optional', 'put',
+           'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'check_teachers', 'check_named',
+           'check_once', 'for_arm', 'needed_alone', 'tell']
 
 # %% ../nbs/01_settings.ipynb #8ad55607
 def root(
@@ -268,6 +268,14 @@ class Grid:
             raise ValueError(f"geometry.landscape.grid = {self.grid}: take an odd number from 3, so that the grid has a point at theta")
 
 
+@dataclass(frozen=True)
+class Annealing:
+    "[geometry.annealing]: whether reasoning cools, on held-out prompts of the evaluation subsets."
+
+    prompts: int  # at most
+    batch_size: int  # sequences at once; memory only
+
+
 MEASURED = "completion", "reasoning", "response"  # what a curvature may be taken over
 
 
@@ -479,6 +487,25 @@ class Moderation:
     replies: Source
     cap: float
 
+
+@dataclass(frozen=True)
+class SteerableHessian:
+    "[steerable.hessian]: curvature of the arms on test questions."
+
+    targets: tuple[Literal["own", "common"], ...]  # own: text of the kind that an arm learnt from; common: the gold answer alone; () for none, and then there is no such stage
+    rows: int  # test questions of a subset
+    subsets: int  # disjoint
+    top_n: int
+    tol: float
+    max_matvecs: int
+    token_budget: int
+    vectors: Literal["host", "device"]
+    seed: int  # of the draw of questions
+
+    def __post_init__(self):
+        if not self.rows:
+            raise ValueError("steerable.hessian.rows = 0: a subset needs at least one question; to leave the stage out, set steerable.hessian.targets to nothing")
+
 # %% ../nbs/01_settings.ipynb #64085721-11
 @dataclass(frozen=True)
 class SteerableSFT:
@@ -560,6 +587,7 @@ records = {
     "geometry.samples": Samples,
     "geometry.hessian": Hessian,
     "geometry.landscape": Grid,
+    "geometry.annealing": Annealing,
     "geometry.matrix": Matrix,
     "geometry.timeline": Timeline,
     "base_model": BaseModel,
@@ -576,6 +604,7 @@ records = {
     "steerable.probes": Probes,
     "steerable.faithfulness": Faithfulness,
     "steerable.moderation": Moderation,
+    "steerable.hessian": SteerableHessian,
 }
 
 # %% ../nbs/01_settings.ipynb #e3ad7076

@@ -67,9 +67,12 @@ STAGES = {  # in the order of the data flow; a stage that is not here comes last
     "matrix": "Arm by target",
     "timeline": "Timeline",
     "carriers": "What carries the curvature",
+    "annealing": "Annealing",
+    "behaviour": "Behaviour",
+    "conduct": "Does it anneal, and does flat behave better?",
     "report": "Report",
 }
-SINGLE = ("report", "audit", "arms", "carriers")  # stages that are read more than run: no list leads to their one page, which shows results first and hands out its tables
+SINGLE = ("report", "audit", "arms", "carriers", "conduct")  # stages that are read more than run: no list leads to their one page, which shows results first and hands out its tables
 
 
 

@@ -12,6 +12,7 @@ from ..judge.methods import Benchmark, read_benchmark
 from ..types import Run
 from ..view.answers import answer_pages
 from ..view.comparisons import FAMILIES, compared
+from ..view.curved import curved
 from ..view.gains import ceilings, gains, read_three_ways
 from ..view.gather import save_figures, write_table
 from ..view.judged import left
@@ -24,7 +25,7 @@ from ..view.shown import accuracy_figure
 from ..view.soft import distance_table, margin_table, soft_table
 
 # %% ../../nbs/steerable/90_report.ipynb #b064abe0
-stage = Stage("report", reads=("steerable", "steerable.design", "steerable.sft", "steerable.grpo", "steerable.prompted", "steerable.pluralism", "published.value_kaleidoscope", "published.opinionqa", "published.faithfulness", "published.offensiveness", "arm.{registry}"), inputs=("prompts", "traces", "sft", "grpo", "answers", "prompted", "pluralism", "probes", "faithfulness", "moderation"), report=True)
+stage = Stage("report", reads=("steerable", "steerable.design", "steerable.sft", "steerable.grpo", "steerable.prompted", "steerable.pluralism", "published.value_kaleidoscope", "published.opinionqa", "published.faithfulness", "published.offensiveness", "arm.{registry}"), inputs=("prompts", "traces", "sft", "grpo", "answers", "prompted", "pluralism", "probes", "faithfulness", "moderation", "spectrum"), report=True)
 
 # %% ../../nbs/steerable/90_report.ipynb #78e2e30a
 def report_tables(run: Run, b: Benchmark) -> dict[str, object]:  # name without the benchmark -> table
@@ -39,7 +40,7 @@ def report_tables(run: Run, b: Benchmark) -> dict[str, object]:  # name without 
 def looked_into(run: Run, benchmarks: list[Benchmark]) -> dict[str, object]:
     "What judges said, the sheet for a reviewer, and all answers to page through."
     judgements = {b.name: judgements_of(run, b.name) for b in benchmarks}
-    tables = {"faithfulness": left(run, "faithfulness", "faithfulness"), "offence": left(run, "moderation", "flags"), "review": first_sheet(benchmarks, judgements), "probed": probed(run)}
+    tables = {"faithfulness": left(run, "faithfulness", "faithfulness"), "offence": left(run, "moderation", "flags"), "review": first_sheet(benchmarks, judgements), "probed": probed(run), "curvature": curved(run)}
     pages, said = answer_pages(run.settings, benchmarks, judgements)
     return {name: write_table(run, name, table) if len(table) else table for name, table in tables.items()} | {"pages": pages, "pages_said": said}
 
