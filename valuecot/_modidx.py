@@ -3288,6 +3288,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'valuecot.view.looks.shown_looks': ('view/looks.html#shown_looks', 'valuecot/view/looks.py')},
             'valuecot.view.names': { 'valuecot.view.names.absent': ('view/names.html#absent', 'valuecot/view/names.py'),
                                      'valuecot.view.names.in_order': ('view/names.html#in_order', 'valuecot/view/names.py'),
+                                     'valuecot.view.names.made_by': ('view/names.html#made_by', 'valuecot/view/names.py'),
                                      'valuecot.view.names.moderators_not_run': ( 'view/names.html#moderators_not_run',
                                                                                  'valuecot/view/names.py'),
                                      'valuecot.view.names.named': ('view/names.html#named', 'valuecot/view/names.py'),

@@ -93,7 +93,7 @@ def shown(table: pd.DataFrame) -> Html:
     })  # fmt: skip
     n, updates = (", ".join(str(int(x)) for x in sorted(set(table[column].dropna()))) for column in ("prompts", "KL updates"))
     ends = f"; KL in nats/token, mean of the last {updates} updates with the interval of that mean" if updates else ""
-    return to_html(found, f"n = {n} held-out prompts for each row, those of them with a text of the arm for the loss; SE: standard error over prompts; loss in nats/token, of the arm's own target text (not comparable between texts); well formed: Wilson interval{ends}")
+    return to_html(found, f"n = {n} held-out prompts for each row, those of them with a text of the arm for the loss; SE: standard error over prompts; loss in nats/token, of the arm's own target text (not comparable between texts); well formed: Wilson interval{ends}", [[f"samples/{r.model}/{r.arm}/seed{r.seed}"] for r in table.itertuples()])
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:

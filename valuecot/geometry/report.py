@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pandas as pd
 
@@ -56,6 +57,7 @@ def eigenvalue_table(rows: pd.DataFrame, model: str, settings) -> pd.DataFrame:
             "planes ill-defined (of subsets)": int(ours.warnings.str.contains("ill-defined").sum()), "scored tokens per subset": ours.scored_tokens.mean(),
             "PyHessian largest |lambda| by subset (nats)": "; ".join(f"{x:.4g}" for x in peer.lambda_1), "PyHessian worst residual": float(peer[["residual_1", "residual_2"]].max(axis=None)), "PyHessian products per subset": peer.matvecs.mean(),
             "loss (nats/token)": ours.loss.mean(), "gradient norm": ours.gradient_norm.mean(),
+            "runs": " ".join(f"spectrum/{model}/{arm}/seed{s}" for s in sorted(ours.seed.unique())),
         })
     return pd.DataFrame(table)
 
@@ -75,7 +77,7 @@ def shown(table: pd.DataFrame, prompts: int) -> Html:
         "most negative λ": [f"{x:.3g}" for x in table["lambda_min (nats)"]],
         "PyHessian, largest |λ| by subset": table["PyHessian largest |lambda| by subset (nats)"],
     })
-    return to_html(found, f"λ in nats; ours: n = {table.subsets.iloc[0]} disjoint subsets of {prompts} held-out prompts, {table.seeds.iloc[0]} training seed(s); the paper's: 3 subsets of 100. SE: standard error over subsets")
+    return to_html(found, f"λ in nats; ours: n = {table.subsets.iloc[0]} disjoint subsets of {prompts} held-out prompts, {table.seeds.iloc[0]} training seed(s); the paper's: 3 subsets of 100. SE: standard error over subsets", table.runs.str.split().tolist())
 
 
 def evidence(table: pd.DataFrame, prompts: int) -> Html:
@@ -92,7 +94,7 @@ def evidence(table: pd.DataFrame, prompts: int) -> Html:
         "tokens": [f"{x:.0f}" for x in table["scored tokens per subset"]],
         "loose planes": [f"{n} of {k}" for n, k in zip(table["planes ill-defined (of subsets)"], table.subsets * table.seeds, strict=True)],
     })
-    return to_html(found, f"Evidence: worst residual, the rest means over {table.subsets.iloc[0]} subsets of {prompts} prompts")
+    return to_html(found, f"Evidence: worst residual, the rest means over {table.subsets.iloc[0]} subsets of {prompts} prompts", table.runs.str.split().tolist())
 
 # %% ../../nbs/geometry/90_report.ipynb #d7e0d636
 titles = {"figure1": ("qwen", surfaces), "figure2": ("qwen", contours), "figure3": ("llama", contours), "figure4": ("llama", surfaces)}
@@ -112,7 +114,8 @@ def landscape_figure(run: Run, model: str, draw: Callable[..., Figure], subset: 
     unsure = [label for label, warned in loose.items() if warned]
     doubt = f" λ₃ is within 5 % of λ₂ for {', '.join(unsure)}: that plane is one of several." if unsure else ""
     caption = f"{model}, profile {run.profile}, training seed {seed}, loss on {chosen} (n = {settings['geometry'].prompts_per_subset} prompts).{doubt}"
-    return draw(lands, values if subset == 0 else {}, title, caption)  # the eigenvalues are those of the subset that chose the plane
+    drawn = draw(lands, values if subset == 0 else {}, title, caption)  # the eigenvalues are those of the subset that chose the plane
+    return replace(drawn, runs=tuple(f"landscape/{model}/{arm}/seed{seed}" for arm in settings["geometry.design"].arms))
 
 
 def landscape_figures(run: Run) -> dict[str, Figure]:

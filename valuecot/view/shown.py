@@ -17,7 +17,7 @@ from ..judge.methods import Benchmark
 from ..settings import Settings
 from .comparisons import FAMILIES
 from .dots import dots
-from .names import in_order, named
+from .names import in_order, made_by, named
 from .tables import MISSING, Html, missing, number, to_html
 from .theme import Figure
 
@@ -46,7 +46,7 @@ def shown_scores(settings: Settings, b: Benchmark, table: pd.DataFrame, absent: 
     binary = f"binary: ours again, on the {decided} rows whose right answer is Support or Oppose, accuracy / balanced accuracy / macro-F1; " if b.name == "value_kaleidoscope" else ""
     said = f"{b.name}: percent, with 95 % intervals over {k} scenarios drawn again; n = {n} rows for each method; {binary}paper: accuracy / balanced accuracy / macro-F1 of the model that stands behind the name, on the paper's own test rows; read: completions with a letter"
     lines = pd.DataFrame([score_line(settings, b, row) for row in table.to_dict("records")])
-    return Html(f"{to_html(lines, said)}<p>Not run: {html.escape('; '.join(absent))}.</p>")
+    return Html(f"{to_html(lines, said, [made_by(b.name, row) for row in table.to_dict('records')])}<p>Not run: {html.escape('; '.join(absent))}.</p>")
 
 # %% ../../nbs/view/77_shown.ipynb #59e515dd
 def accuracy_rows(settings: Settings, b: Benchmark, table: pd.DataFrame) -> pd.DataFrame:
