@@ -25,9 +25,9 @@ from .types import Arm
 __all__ = ['records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Weights', 'Data', 'Design', 'Traces', 'TeacherModel',
            'SFT', 'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'ModelShape', 'Machine', 'BaseModel',
            'Steerable', 'Drawn', 'Sampling', 'Validated', 'SteerableTraces', 'Prompted', 'Pluralism', 'Probes',
-           'Faithfulness', 'Moderation', 'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast', 'published', 'read_file',
-           'notes', 'optional', 'put', 'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'check_teachers',
-           'check_named', 'check_once', 'for_arm', 'needed_alone', 'tell']
+           'Faithfulness', 'Moderation', 'Replay', 'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast', 'published',
+           'read_file', 'notes', 'optional', 'put', 'parse_overrides', 'typed', 'Settings', 'load', 'check_design',
+           'check_teachers', 'check_named', 'check_once', 'for_arm', 'needed_alone', 'tell']
 
 # %% ../nbs/01_settings.ipynb #8ad55607
 def root(
@@ -452,6 +452,14 @@ class Moderation:
     replies: Source
     cap: float
 
+
+@dataclass(frozen=True)
+class Replay:
+    "[replay]: files of the authors from which printed numbers are found again."
+
+    curves: Source  # "" or a CSV with run, metric, step and value
+    opinionqa: Source  # "" or a parquet file, or its folder
+
 # %% ../nbs/01_settings.ipynb #64085721-11
 @dataclass(frozen=True)
 class SteerableSFT:
@@ -547,6 +555,7 @@ records = {
     "steerable.probes": Probes,
     "steerable.faithfulness": Faithfulness,
     "steerable.moderation": Moderation,
+    "replay": Replay,
 }
 
 # %% ../nbs/01_settings.ipynb #e3ad7076
