@@ -26,9 +26,9 @@ __all__ = ['MEASURED', 'records', 'profiles', 'root', 'outputs', 'nearest', 'Sou
            'TeacherModel', 'SFT', 'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'Annealing', 'Matrix',
            'Timeline', 'ModelShape', 'Machine', 'BaseModel', 'Steerable', 'Drawn', 'Sampling', 'Validated',
            'SteerableTraces', 'Prompted', 'Pluralism', 'Probes', 'Faithfulness', 'Moderation', 'SteerableHessian',
-           'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast', 'published', 'read_file', 'notes', 'optional', 'put',
-           'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'check_teachers', 'check_named',
-           'check_once', 'for_arm', 'needed_alone', 'tell']
+           'Replay', 'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast', 'published', 'read_file', 'notes',
+           'optional', 'put', 'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'check_teachers',
+           'check_named', 'check_once', 'for_arm', 'needed_alone', 'tell']
 
 # %% ../nbs/01_settings.ipynb #8ad55607
 def root(
@@ -506,6 +506,14 @@ class SteerableHessian:
         if not self.rows:
             raise ValueError("steerable.hessian.rows = 0: a subset needs at least one question; to leave the stage out, set steerable.hessian.targets to nothing")
 
+
+@dataclass(frozen=True)
+class Replay:
+    "[replay]: files of the authors from which printed numbers are found again."
+
+    curves: Source  # "" or a CSV with run, metric, step and value
+    opinionqa: Source  # "" or a parquet file, or its folder
+
 # %% ../nbs/01_settings.ipynb #64085721-11
 @dataclass(frozen=True)
 class SteerableSFT:
@@ -605,6 +613,7 @@ records = {
     "steerable.faithfulness": Faithfulness,
     "steerable.moderation": Moderation,
     "steerable.hessian": SteerableHessian,
+    "replay": Replay,
 }
 
 # %% ../nbs/01_settings.ipynb #e3ad7076
