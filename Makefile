@@ -69,7 +69,8 @@ else
 		--agreement $(call quoted,$(AGREEMENT)) --data $(call quoted,$(DATA)) --public $(call quoted,$(or $(PUBLIC),no)) --send $(call quoted,$(or $(SEND),no))
 endif
 
-companion: env ## build the pages again from what was run
+companion: env ## build the pages again from what was run; CONCEPTS=all, packages or notebooks: execute these concept notebooks first, for their pages
+	@$(if $(CONCEPTS),$(PY) -m valuecot.companion.concepts $(call quoted,$(CONCEPTS)),true)
 	@$(PY) -m valuecot.companion.pages $(PROFILE)
 
 lab: env ## JupyterLab on the notebooks

@@ -24,7 +24,7 @@ from .types import TRACE_STYLES, Arm
 # %% auto #0
 __all__ = ['MEASURED', 'records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Weights', 'Data', 'Design', 'Traces',
            'TeacherModel', 'SFT', 'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'Annealing', 'Matrix',
-           'Timeline', 'ModelShape', 'Machine', 'BaseModel', 'Steerable', 'Drawn', 'Sampling', 'Validated',
+           'Timeline', 'ModelShape', 'Machine', 'Companion', 'BaseModel', 'Steerable', 'Drawn', 'Sampling', 'Validated',
            'SteerableTraces', 'Prompted', 'Pluralism', 'Probes', 'Faithfulness', 'Moderation', 'SteerableHessian',
            'Replay', 'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast', 'published', 'read_file', 'notes',
            'optional', 'put', 'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'check_teachers',
@@ -340,6 +340,13 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Companion:
+    "[companion]: what its pages show beyond the runs."
+
+    concepts: tuple[str, ...]  # concept notebooks to execute: "all", packages, or single ones as "stats/12_means"
+
+
+@dataclass(frozen=True)
 class BaseModel:
     "[base_model]: pretraining of a scratch model on the small world."
 
@@ -600,6 +607,7 @@ records = {
     "geometry.timeline": Timeline,
     "base_model": BaseModel,
     "machine": Machine,
+    "companion": Companion,
     "steerable": Steerable,
     "steerable.design": Design,
     "steerable.sft": SteerableSFT,
