@@ -62,9 +62,10 @@ STAGES = {  # in the order of the data flow; a stage that is not here comes last
     "spectrum": "Spectrum",
     "range": "Landscape range",
     "landscape": "Landscape",
+    "own_model": "Your own model",
     "report": "Report",
 }
-SINGLE = ("report", "audit", "arms")  # stages that are read more than run: no list leads to their one page, which shows results first and hands out its tables
+SINGLE = ("report", "audit", "arms", "own_model")  # stages that are read more than run: no list leads to their one page, which shows results first and hands out its tables
 
 
 

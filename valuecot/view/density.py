@@ -35,7 +35,7 @@ def checked_marks(density: Density, marks: Mapping[str, float]) -> None:
     if wrong := [name for name, value in marks.items() if not abs(value) < float("inf")]:
         raise ValueError(f"{wrong[0]} is {marks[wrong[0]]}: leave out what is no number")
 
-# %% ../../nbs/view/85_density.ipynb #226aee15
+# %% ../../nbs/view/85_density.ipynb #afe1a502
 def density_canvas(density: Density, marks: Mapping[str, float], title: str) -> Canvas:
     "The figure in matplotlib."
     grid, height, _ = density_curve(density)
@@ -49,7 +49,7 @@ def density_canvas(density: Density, marks: Mapping[str, float], title: str) -> 
         axes.axvline(value, color=PALETTE[3], linestyle=("--", ":", "-.")[i % 3], linewidth=1.2, label=f"{name} = {value:.4g}")
     axes.set(yscale="log", xlabel="eigenvalue of the loss Hessian (nats per unit of parameter²)", ylabel="density (share per unit)")
     if marks:
-        axes.legend(loc="upper right")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.2)
     canvas.suptitle(title, fontsize=9)
     return canvas
 
@@ -73,10 +73,10 @@ def density_figure(
         line = {"color": PALETTE[3], "width": 2, "dash": ("dash", "dot", "dashdot")[i % 3]}
         data.append({"type": "scatter", "mode": "lines", "x": [value, value], "y": [FLOOR * top, top], "line": line, "name": f"{name} = {value:.4g}", "hoverinfo": "name"})
     axis = {"zeroline": False, "gridcolor": FAINT, "linecolor": FAINT}
-    spec = layout(title, height=380, margin={"l": 70, "r": 15, "t": 45, "b": 55})
+    spec = layout(title, height=380, margin={"l": 70, "r": 15, "t": 65, "b": 55})
     spec["xaxis"] = {**axis, "title": {"text": "eigenvalue of the loss Hessian (nats per unit of parameter²)", "standoff": 4}}
     spec["yaxis"] = {**axis, "type": "log", "exponentformat": "power", "title": {"text": "density (share per unit)", "standoff": 4}}
-    spec["legend"] = {"x": 1, "xanchor": "right", "y": 1, "yanchor": "top", "bgcolor": "rgba(0,0,0,0)"}
+    spec["legend"] = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"}
     probes, steps = density.nodes.shape
     said = f"{probes} random starts of {steps} Lanczos steps; each node is a bell of width {width:.3g}; ticks: nodes."
     told = ", ".join(f"{name} at {value:.4g}" for name, value in marks.items())
