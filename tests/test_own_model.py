@@ -115,7 +115,7 @@ def test_only_the_last_turn_is_scored_and_roles_follow_the_tags(brought_model):
     tokenizer, template = own_tokenizer(brought_model)
     example, roles = encode_chat(tokenizer, Chat(1, tuple(TALK)))
     scored = tokenizer.decode(example["input_ids"][example["labels"] != -100])
-    assert scored == "A promise is a promise.\n</think>\n\nAsk her first.<|end|>\n" and template.endswith("own chat template")
+    assert scored == "A promise is a promise.\n</think>\n\nAsk her first.<|end|>\n" and template == "the tokenizer's own"
     parts = {role: tokenizer.decode([int(i) for i, r in zip(example["input_ids"], roles, strict=True) if r == role]) for role in dict.fromkeys(roles)}
     assert list(parts) == ["prompt", "reasoning", "response"] and parts["reasoning"] == "A promise is a promise.\n</think>" and "promise?" in parts["prompt"]
 
@@ -131,7 +131,7 @@ def test_a_prompt_is_not_scored_and_a_text_is(brought_model):
 def test_a_model_without_a_template_gets_ours_and_says_so(brought_model, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text((brought_model / name).read_text())
-    assert "no chat template: ours" in own_tokenizer(tmp_path)[1]
+    assert "since the model brings none" in own_tokenizer(tmp_path)[1]
     example, _ = encode_chat(own_tokenizer(tmp_path)[0], Chat(1, tuple(TALK)))
     assert int((example["labels"] != -100).sum()) > 3
 
@@ -354,4 +354,4 @@ def test_a_density_without_weight_is_refused():
     from valuecot.curvature.stochastic import Density
 
     with pytest.raises(ValueError, match="no node with a weight"):
-        density_figure(Density(torch.zeros(1, 3), torch.zeros(1, 3), 0), {})
+        density_figure(Density(torch.zeros(1, 3), torch.zeros(1, 3), 0), 9, {})

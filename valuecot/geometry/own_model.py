@@ -158,7 +158,7 @@ def shown_checks(checks: list[dict]) -> pd.DataFrame:
     "Second differences beside eigenvalues."
     return pd.DataFrame([{"direction": f"v{i}", "eigenvalue (nats)": number(c["eigenvalue"], 5), "by three losses (nats)": number(c["three_point"], 5), "apart": f"{100 * c['relative_difference']:.2g} %", "step": number(c["step"], 2)} for i, c in enumerate(checks, 1)])
 
-# %% ../../nbs/geometry/80_own_model.ipynb #cb1cac61
+# %% ../../nbs/geometry/80_own_model.ipynb #dabfe1cb
 def planned(plan: Forecast, rows: Rows, run: Run) -> dict[str, object]:
     "The plan and the rows, written."
     counts = pd.DataFrame([{"rows": what, "count": n} for what, n in {**rows.counts, "scored tokens": sum(rows.scored)}.items()])
@@ -182,10 +182,10 @@ def own_figures(name: str, run: Run, rows: Rows, found: Curvature, density: Dens
     "The figures, by the name of their file."
     values = found.spectrum.eigenvalues.tolist()
     caption = f"profile {run.profile}, n = {len(rows.examples)} rows, {sum(rows.scored):,} scored tokens."
-    made: dict[str, object] = {"density_figure": density_figure(density, {"λ₁": values[0], "λ₂": values[1]}, f"Spectral density, {name}", caption)}
+    made: dict[str, object] = {"density_figure": density_figure(density, found.spectrum.eigenvectors.shape[1], {"λ₁": values[0], "λ₂": values[1]}, f"Spectral density, {name}", caption)}
     if land is not None:
         made |= {kind: draw({name: land}, {name: values[:2]}, f"Loss over its own eigenplane, {name}", caption) for kind, draw in (("surface", surfaces), ("contours", contours))}
-    groups = pd.DataFrame([{"label": row["group"], "arm": "", "share": row["share"], "tokens": row["tokens"]} for by in ("roles", "quarters") for row in shares[by]])
+    groups = pd.DataFrame([{"label": row["group"], "arm": "", "share": row["share"], "tokens": row["tokens"], "of": sum(rows.scored)} for by in ("roles", "quarters") for row in shares[by]])
     return made | {"shares_figure": shares_figure(groups, f"Shares of lambda_1, {name}", f"{caption} In brackets: scored tokens; quarters of the scored part of each row.")}
 
 

@@ -62,7 +62,7 @@ def model_folder(settings: OwnModel, base_model: Path | None) -> tuple[Path, str
     except (HTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise OSError(reason(error, name, "main")) from None
 
-# %% ../../nbs/training/64_own.ipynb #2770a104
+# %% ../../nbs/training/64_own.ipynb #26e6e3a9
 def own_tokenizer(folder: Path) -> tuple[object, str]:  # tokenizer, which template it has
     "Tokenizer of a folder, with a chat template."
     try:
@@ -72,9 +72,9 @@ def own_tokenizer(folder: Path) -> tuple[object, str]:  # tokenizer, which templ
     if not tokenizer.is_fast:
         raise ValueError(f"{folder.name}: its tokenizer does not tell where tokens begin; save it with a tokenizer.json")
     if tokenizer.chat_template:
-        return tokenizer, "the tokenizer's own chat template"
+        return tokenizer, "the tokenizer's own"
     tokenizer.chat_template = plain
-    return tokenizer, "no chat template: ours, `role: content`"
+    return tokenizer, "ours (role: content), since the model brings none"
 
 
 def rendered(tokenizer, chat: Chat) -> tuple[str, int]:  # whole text, where the scored part begins

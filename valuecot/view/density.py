@@ -14,18 +14,19 @@ from matplotlib.figure import Figure as Canvas
 from ..curvature.stochastic import Density
 from .theme import FAINT, NEUTRAL, PALETTE, WIDTH, Figure, layout
 
-# %% ../../nbs/view/85_density.ipynb #a7b13ab1
-POINTS, BELL, FLOOR = 400, 0.01, 1e-6  # of the curve; width in parts of the range; lowest height in parts of the highest
+# %% ../../nbs/view/85_density.ipynb #584edb13
+POINTS, BELL, FLOOR = 400, 0.01, 0.05  # of the curve; width in parts of the range; lowest height in parts of the bell of one eigenvalue
 
 
-def density_curve(density: Density) -> tuple[torch.Tensor, torch.Tensor, float]:  # (g,) eigenvalues, (g,) density with nan below the floor, width
+def density_curve(density: Density, n: int) -> tuple[torch.Tensor, torch.Tensor, float, float]:  # (g,) eigenvalues, (g,) density with nan below the floor, width, floor
     "What is drawn of a density."
     counted = density.nodes[density.weights > 0]
     low, high = float(counted.min()), float(counted.max())
     width = BELL * ((high - low) or abs(high) or 1.0)
     grid = torch.linspace(low - 4 * width, high + 4 * width, POINTS, dtype=torch.float64)
     height = density.curve(grid, width)
-    return grid, torch.where(height > FLOOR * height.max(), height, torch.nan), width
+    floor = min(FLOOR / (n * width * (2 * torch.pi) ** 0.5), 0.1 * float(height.max()))
+    return grid, torch.where(height > floor, height, torch.nan), width, floor
 
 
 def checked_marks(density: Density, marks: Mapping[str, float]) -> None:
@@ -35,13 +36,13 @@ def checked_marks(density: Density, marks: Mapping[str, float]) -> None:
     if wrong := [name for name, value in marks.items() if not abs(value) < float("inf")]:
         raise ValueError(f"{wrong[0]} is {marks[wrong[0]]}: leave out what is no number")
 
-# %% ../../nbs/view/85_density.ipynb #afe1a502
-def density_canvas(density: Density, marks: Mapping[str, float], title: str) -> Canvas:
+# %% ../../nbs/view/85_density.ipynb #5e964c95
+def density_canvas(density: Density, n: int, marks: Mapping[str, float], title: str) -> Canvas:
     "The figure in matplotlib."
-    grid, height, _ = density_curve(density)
+    grid, height, _, floor = density_curve(density, n)
     canvas = Canvas(figsize=(WIDTH, 2.7), layout="constrained")
     axes = canvas.subplots()
-    axes.fill_between(grid, height, FLOOR * float(height.nan_to_num().max()), color=PALETTE[0], alpha=0.25, linewidth=0)
+    axes.fill_between(grid, height, floor, color=PALETTE[0], alpha=0.25, linewidth=0)
     axes.plot(grid, height, color=PALETTE[0], linewidth=1.2)
     nodes = density.nodes[density.weights > 0]
     axes.plot(nodes, torch.zeros_like(nodes), "|", color=NEUTRAL, markersize=6, transform=axes.get_xaxis_transform(), clip_on=False)
@@ -56,29 +57,30 @@ def density_canvas(density: Density, marks: Mapping[str, float], title: str) -> 
 
 def density_figure(
     density: Density,
+    n: int,  # eigenvalues there are
     marks: Mapping[str, float],  # name -> eigenvalue
     title: str = "Spectral density",
     caption: str = "",  # profile, n, probes and steps
 ) -> Figure:
     "The density of a spectrum on a logarithmic scale, with the eigenvalues that were found."
     checked_marks(density, marks)
-    grid, height, width = density_curve(density)
+    grid, height, width, floor = density_curve(density, n)
     top, shown = float(height.nan_to_num().max()), [[round(float(x), 8) for x in grid], [None if h != h else float(f"{h:.5g}") for h in height.tolist()]]
     nodes = density.nodes[density.weights > 0].tolist()
     weights = density.weights[density.weights > 0].tolist()
     data = [{"type": "scatter", "mode": "lines", "x": shown[0], "y": shown[1], "line": {"color": PALETTE[0], "width": 2}, "name": "density", "showlegend": False, "hovertemplate": "%{x:.4g}: %{y:.3g}<extra></extra>"}]
     ticks = {"symbol": "line-ns-open", "size": 9, "color": NEUTRAL, "line": {"width": 1}}
-    data.append({"type": "scatter", "mode": "markers", "x": [float(f"{x:.6g}") for x in nodes], "y": [FLOOR * top] * len(nodes), "marker": ticks, "showlegend": False, "text": [f"node {x:.4g}, weight {w:.2g}" for x, w in zip(nodes, weights, strict=True)], "hoverinfo": "text"})
+    data.append({"type": "scatter", "mode": "markers", "x": [float(f"{x:.6g}") for x in nodes], "y": [floor] * len(nodes), "marker": ticks, "showlegend": False, "text": [f"node {x:.4g}, weight {w:.2g}" for x, w in zip(nodes, weights, strict=True)], "hoverinfo": "text"})
     for i, (name, value) in enumerate(marks.items()):
         line = {"color": PALETTE[3], "width": 2, "dash": ("dash", "dot", "dashdot")[i % 3]}
-        data.append({"type": "scatter", "mode": "lines", "x": [value, value], "y": [FLOOR * top, top], "line": line, "name": f"{name} = {value:.4g}", "hoverinfo": "name"})
+        data.append({"type": "scatter", "mode": "lines", "x": [value, value], "y": [floor, top], "line": line, "name": f"{name} = {value:.4g}", "hoverinfo": "name"})
     axis = {"zeroline": False, "gridcolor": FAINT, "linecolor": FAINT}
     spec = layout(title, height=380, margin={"l": 70, "r": 15, "t": 65, "b": 55})
     spec["xaxis"] = {**axis, "title": {"text": "eigenvalue of the loss Hessian (nats per unit of parameter²)", "standoff": 4}}
     spec["yaxis"] = {**axis, "type": "log", "exponentformat": "power", "title": {"text": "density (share per unit)", "standoff": 4}}
     spec["legend"] = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"}
     probes, steps = density.nodes.shape
-    said = f"{probes} random starts of {steps} Lanczos steps; each node is a bell of width {width:.3g}; ticks: nodes."
+    said = f"{probes} random start{'s' if probes > 1 else ''} of {steps} Lanczos steps; each node is a bell of width {width:.3g}; ticks: nodes."
     told = ", ".join(f"{name} at {value:.4g}" for name, value in marks.items())
     alt = f"{title}. Density on a logarithmic scale from {min(nodes):.4g} to {max(nodes):.4g}, highest at {float(grid[height.nan_to_num().argmax()]):.3g}{'; ' + told if told else ''}."
-    return Figure({"data": data, "layout": spec}, lambda: density_canvas(density, marks, title), alt, f"{caption.rstrip('.')}. {said}" if caption else said)
+    return Figure({"data": data, "layout": spec}, lambda: density_canvas(density, n, marks, title), alt, f"{caption.rstrip('.')}. {said}" if caption else said)
