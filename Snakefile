@@ -243,6 +243,15 @@ rule conduct:
     shell: CALL
 
 
+rule own_model:
+    input: needs("own_model")
+    output: made("own_model")
+    params: job=path_of("own_model")
+    log: log_of("own_model")
+    resources: gpu=CARDS
+    shell: CALL
+
+
 # ---- steerable
 rule synthetic:
     input: needs("synthetic")

@@ -195,3 +195,8 @@ def test_rows_without_their_columns_or_tokens_are_refused(rows):
     for bad, said in ((rows.drop(columns="share"), "lack the columns"), (rows[:0], "rows are empty"), (rows.assign(tokens=0), "has no token")):
         with pytest.raises(ValueError, match=said):
             shares_figure(bad, "Made up")
+
+
+def test_groups_that_overlap_have_their_part_of_all_tokens(rows):
+    figure = shares_figure(rows[:2].assign(of=400), "Made up")
+    assert [t["x"][0] for t in figure.plotly["data"] if t["mode"] == "markers"][:2] == [12.5, 37.5]

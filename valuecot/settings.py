@@ -22,12 +22,12 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from .types import TRACE_STYLES, Arm
 
 # %% auto #0
-__all__ = ['MEASURED', 'records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Weights', 'Data', 'Design', 'Traces',
-           'TeacherModel', 'SFT', 'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'Annealing', 'Matrix',
+__all__ = ['MEASURED', 'records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Weights', 'File', 'Data', 'Design',
+           'Traces', 'TeacherModel', 'SFT', 'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'Annealing', 'Matrix',
            'Timeline', 'ModelShape', 'Machine', 'Companion', 'BaseModel', 'Steerable', 'Drawn', 'Sampling', 'Validated',
-           'SteerableTraces', 'Prompted', 'Pluralism', 'Probes', 'Faithfulness', 'Moderation', 'SteerableHessian',
-           'Replay', 'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast', 'published', 'read_file', 'notes',
-           'optional', 'put', 'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'check_teachers',
+           'OwnModel', 'SteerableTraces', 'Prompted', 'Pluralism', 'Probes', 'Faithfulness', 'Moderation',
+           'SteerableHessian', 'Replay', 'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast', 'published', 'read_file',
+           'notes', 'optional', 'put', 'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'check_teachers',
            'check_named', 'check_once', 'for_arm', 'needed_alone', 'tell']
 
 # %% ../nbs/01_settings.ipynb #8ad55607
@@ -60,6 +60,10 @@ class Source(str):
 
 class Weights(str):
     "A Hugging Face id, a folder with weights, or \"scratch\"."
+
+
+class File(str):
+    "A file that the user names, or nothing."
 
 # %% ../nbs/01_settings.ipynb #64085721
 @dataclass(frozen=True)
@@ -410,6 +414,50 @@ class Validated(Drawn):
     rows: int  # drawn once for all arms; 0: all
 
 
+# %% ../nbs/01_settings.ipynb #5e1f0a22
+@dataclass(frozen=True)
+class OwnModel:
+    "[own_model]: a model that the user brings, the texts that it is measured on, and how closely."
+
+    model: tuple[Weights, ...]  # candidates: folders, names of the hub, or "base_model" for the study's own; the first that is there
+    chats: File  # JSONL; "": the study's held-out prompts with their standard traces
+    examples: int  # rows at most
+    max_tokens: int  # longer rows are left out, and counted
+    token_budget: int
+    k: int
+    tol: float
+    max_matvecs: int  # for each search
+    probes: int  # of the trace
+    density_probes: int
+    steps: int  # of the density, for each of its probes
+    grid: int  # points per axis
+    rise: float  # nats
+    plan_only: bool
+
+    def __post_init__(self):
+        if not self.model:
+            raise ValueError("own_model.model is empty: name a folder, a repository such as Qwen/Qwen2.5-0.5B, or base_model")
+        if self.k < 2:
+            raise ValueError(f"own_model.k = {self.k}: the eigenplane needs two directions")
+        if self.probes < 2:
+            raise ValueError(f"own_model.probes = {self.probes}: a standard error needs at least 2")
+        Grid(self.grid, self.rise)
+
+    @property
+    def chosen(self) -> str:  # "" if none is there
+        "The first candidate that is there."
+        return next((name for name in self.model if name == "base_model" or (root() / Path(name).expanduser()).is_dir() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)), "")
+
+    @property
+    def fallback(self) -> tuple[str, ...]:  # ("base_model",) or ()
+        "The study's own model, where it is what will be measured."
+        return ("base_model",) if self.chosen == "base_model" else ()
+
+    @property
+    def from_study(self) -> bool:
+        "Whether the texts are the study's."
+        return not self.chats
+
 # %% ../nbs/01_settings.ipynb #64085721-8
 @dataclass(frozen=True)
 class SteerableTraces:
@@ -608,6 +656,7 @@ records = {
     "base_model": BaseModel,
     "machine": Machine,
     "companion": Companion,
+    "own_model": OwnModel,
     "steerable": Steerable,
     "steerable.design": Design,
     "steerable.sft": SteerableSFT,

@@ -70,9 +70,10 @@ STAGES = {  # in the order of the data flow; a stage that is not here comes last
     "annealing": "Annealing",
     "behaviour": "Behaviour",
     "conduct": "Does it anneal, and does flat behave better?",
+    "own_model": "Your own model",
     "report": "Report",
 }
-SINGLE = ("report", "audit", "arms", "carriers", "conduct")  # stages that are read more than run: no list leads to their one page, which shows results first and hands out its tables
+SINGLE = ("report", "audit", "arms", "carriers", "conduct", "own_model")  # stages that are read more than run: no list leads to their one page, which shows results first and hands out its tables
 
 
 

@@ -14,8 +14,8 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from .fingerprints import bare, code_of, fingerprint, imported, notebooks, reached
-from ..settings import Settings, Source, Weights, load, nearest, outputs, root
-from ..store import digest, hash_folder, read_json, write_text
+from ..settings import File, Settings, Source, Weights, load, nearest, outputs, root
+from ..store import digest, hash_file, hash_folder, read_json, write_text
 from ..types import Arm
 
 # %% auto #0
@@ -30,7 +30,7 @@ class Stage:
     name: str
     levels: tuple[str, ...] = ()  # of "model", "dataset", "arm", "seed": one run for each combination
     reads: tuple[str, ...] = ()  # settings sections; {model}, {dataset}, {arm}, {study} are filled in, {arms} of the design, {registry} of all arms, {teachers} give one for each, {section.key} each entry of that setting that names such a section; "...?" where the study has it
-    inputs: tuple[str, ...] = ()  # stages needed first; "sft|base_model" takes the first that this arm has, "name@word" is for arms whose reward or style of traces is that word, "base_model:section.key" one for each model.<name> in that setting
+    inputs: tuple[str, ...] = ()  # stages needed first; "sft|base_model" takes the first that this arm has, "name@word" is for arms whose reward or style of traces is that word, "base_model:section.key" one for each model.<name> in that setting, and the design's first where it lists the stage itself, "name?section.key" where that setting is not empty
     only: str = ""  # field of Arm: arms where it is empty skip the stage
     same: tuple[str, ...] = ()  # fields of Arm: arms that agree in all of them share one run, under the name of the first in settings.ini
     like: str = ""  # arm whose start a stage takes that has no arms
@@ -169,6 +169,10 @@ class Plan(Study):
         "Stages that must be complete before `job`."
         found = []
         for name in self.stages[job.stage].inputs:
+            name, _, wanted = name.partition("?")
+            section, _, key = wanted.rpartition(".")
+            if key and not getattr(self.settings[section], key):
+                continue
             name, _, word = name.partition("@")
             if ":" in name or (word and word not in (self.settings[f"arm.{job.arm}"].reward, self.settings[f"arm.{job.arm}"].sft)):
                 continue
@@ -181,7 +185,8 @@ class Plan(Study):
         found = []
         for name, _, setting in (wanted.partition(":") for wanted in self.stages[job.stage].inputs if ":" in wanted):
             section, _, key = setting.rpartition(".")
-            models = [one.removeprefix("model.") for one in getattr(self.settings[section], key) if one.startswith("model.")]
+            listed = getattr(self.settings[section], key)
+            models = [one.removeprefix("model.") for one in listed if one.startswith("model.")] + [self.design.models[0]] * (name in listed)
             found += [one for model in models for one in self.expand(self.stages[name], {"model": model})]
         return found
 
@@ -231,11 +236,17 @@ class Plan(Study):
 
 # %% ../../nbs/flow/12_plan.ipynb #f6b3c3dc
 def named_files(settings: Settings) -> dict[str, str]:  # "section.key/file" -> sha256
-    "Contents of every folder that the settings name."
+    "Contents of every folder and file that the settings name."
     found = {}
     for section, record in settings.sections.items():
         for key, value in vars(record).items() if hasattr(record, "__dataclass_fields__") else ():
-            folder = root() / Path(value).expanduser() if isinstance(value, Source | Weights) and value else Path()
+            if isinstance(value, tuple):  # of candidates the first that is there counts
+                value = next((one for one in value if isinstance(one, Weights) and (root() / Path(one).expanduser()).is_dir()), "")
+            folder = root() / Path(value).expanduser() if isinstance(value, Source | Weights | File) and value else Path()
+            if isinstance(value, File) and value:
+                if not folder.is_file():
+                    raise FileNotFoundError(f"{section}.{key} = {str(value)!r}: no such file (looked for {folder}); name a file, or leave it empty")
+                found[f"{section}.{key}"] = hash_file(folder)
             if isinstance(value, Weights) and folder.is_dir():
                 found |= {f"{section}.{key}/{name}": sha for name, sha in hash_folder(folder).items()}
             if isinstance(value, Source) and value not in ("", "embedded", "github", "official"):

@@ -150,8 +150,8 @@ def token_text(
     note = f'<p class="vc-caption">{legend(unit, scale, tokens)}.</p>'.replace("..</p>", ".</p>")
     return Html(f'<div class="vc-tokens mathjax_ignore tex2jax_ignore">{note}<div style="white-space:pre-wrap;line-height:1.7">{body}</div>{below}</div>')
 
-# %% ../../nbs/view/84_tokens.ipynb #2a8097c2
-SHARES = ("label", "arm", "share", "tokens")  # share: a fraction of the whole; tokens: scored ones of this group; arm: "" for none
+# %% ../../nbs/view/84_tokens.ipynb #3926bf3f
+SHARES = ("label", "arm", "share", "tokens")  # share: a fraction of the whole; tokens: scored ones of this group; arm: "" for none; where groups overlap, a column "of" has the tokens there are
 
 
 def checked_shares(rows: pd.DataFrame) -> pd.DataFrame:
@@ -162,7 +162,7 @@ def checked_shares(rows: pd.DataFrame) -> pd.DataFrame:
         raise ValueError("rows are empty: nothing to draw")
     if (rows["tokens"] <= 0).any():
         raise ValueError(f"{rows.loc[rows['tokens'] <= 0, 'label'].iloc[0]!r} has no token: leave it out")
-    return rows.assign(even=rows["tokens"] / rows.groupby("arm")["tokens"].transform("sum"), value=rows["share"])
+    return rows.assign(even=rows["tokens"] / (rows["of"] if "of" in rows else rows.groupby("arm")["tokens"].transform("sum")), value=rows["share"])
 
 
 def share_labels(rows: pd.DataFrame) -> list[str]:  # from top to bottom
