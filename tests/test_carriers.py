@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_resume import PROMPTS, TRACES, same, start
+from test_resume import PROMPTS, TRACES, letters, same, start
 from transformers import TrainerCallback
 
 from valuecot.curvature.decomposition import check_split, mean_split, split
@@ -247,6 +247,7 @@ class Dies(TrainerCallback):
 
 @pytest.mark.parametrize("kind, steps, killed", [("sft", 12, 8), ("grpo", 4, 3)])
 def test_snapshots_change_no_bit_and_survive_a_kill(kind, steps, killed, begin, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "reward_of", lambda *work: letters)  # one that an untrained model can earn
     do(work_of(kind, begin, tmp_path / "without", 0))
     do(work_of(kind, begin, tmp_path / "with", 3))
     assert same(*(load_file(tmp_path / name / "model" / "model.safetensors") for name in ("without", "with")))
