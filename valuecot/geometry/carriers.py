@@ -69,7 +69,7 @@ def heat(run: Run, table: pd.DataFrame) -> Figure:
     values = table["lambda_1 (nats)"]
     cells = pd.DataFrame({"panel": table.model, "row": table.arm.map(label), "column": table.target, "value": [math.log10(x) if x > 0 else None for x in values], "text": [number(x, 3) for x in values], "framed": table["own target"]})
     over = next(c.removeprefix("SE over ").removesuffix(" (nats)") for c in table if c.startswith("SE over"))
-    return heat_maps(cells, "Arm by target", "log₁₀ λ₁ (nats)", f"λ₁ of each arm's last checkpoint on each kind of text, mean over {table[over].iloc[0]} {over}, profile {run.profile}. Frames: the text that the arm was trained for. One column has the same tokens for all arms.")
+    return heat_maps(cells, "Arm by target", "log₁₀ λ₁ (nats)", f"λ₁ of each arm's last checkpoint on each kind of text, mean over {table[over].iloc[0]} {over}, profile {run.profile}. Frames: the arm's own target, which the paper measures it on. One column has the same tokens for all arms.")
 
 # %% ../../nbs/geometry/92_carriers.ipynb #83d231ab
 BASE = "base"
@@ -116,7 +116,10 @@ def shown_split(table: pd.DataFrame) -> Html:
     shown = pd.DataFrame({"model": table.model, "arm": table.arm, "log λ_base − log λ_arm": both["total"], "text": both["text"], "weights": both["weights"], "text, changed first": both["text_first"], "text, changed last": both["text_last"], "interaction": both["interaction"]})
     return to_html(shown, f"Natural logarithms; ± SE over {', '.join(sorted(set(table.over)))}, n = {', '.join(map(str, sorted(set(table.n))))}. text + weights is the whole; interaction: how far the two orders are apart")
 
-# %% ../../nbs/geometry/92_carriers.ipynb #0602c3f7
+# %% ../../nbs/geometry/92_carriers.ipynb #7c735e2f
+ORDER = "headers", "explore", "cool", "converge", "reasoning", "response"
+
+
 def share_table(run: Run) -> pd.DataFrame:
     "Shares of lambda_1 by phase, prompt, value pair and place in the text."
     rows = collect(run, "attribution", lambda folder: (told := read_json(folder / "attribution.json"))["rows"] and [r | {"target": told["target"]} for r in told["rows"]])
@@ -134,14 +137,11 @@ def by_group(table: pd.DataFrame, by: str, most: int = 12) -> Html:
     part = table[(table.by == by) & (table.seed == table.seed.iloc[0])]
     wide = part.assign(told=[f"{100 * s:.0f} % ({r:.1f})" for s, r in zip(part["share of lambda_1 (1)"], part["share / share of tokens (1)"], strict=True)])
     size = part.groupby("name", sort=False)["share of lambda_1 (1)"].apply(lambda x: x.abs().sum()).sort_values(ascending=False, kind="stable")
-    names = list(size.index[:most]) if by in ("pair", "prompt") else list(dict.fromkeys(part["name"]))
+    names = list(size.index[:most]) if by in ("pair", "prompt") else sorted(size.index, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))
     cells = wide.set_index(["model", "arm", "name"]).told.to_dict()
     columns = list(dict.fromkeys(zip(part.model, part.arm, strict=True)))
     left = f"; the {len(names)} largest of {len(size)}" if len(names) < len(size) else ""
     return to_html(pd.DataFrame({by: names} | {f"{m} · {a}": [cells.get((m, a, n)) for n in names] for m, a in columns}), f"Share of λ₁ by {by}, in brackets the share divided by the share of the tokens{left}")
-
-
-ORDER = "headers", "explore", "cool", "converge", "reasoning", "response"
 
 
 def phase_figures(run: Run, table: pd.DataFrame) -> dict[str, Figure]:
