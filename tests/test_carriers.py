@@ -10,12 +10,11 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_resume import PROMPTS, TRACES, same, start
+from test_resume import PROMPTS, TRACES, letters, same, start
 from transformers import TrainerCallback
 
-from valuecot.curvature.decomposition import check_split, mean_split, split
+from valuecot.curvature.decomposition import check_split, split
 from valuecot.curvature.plane import quadratic
-from valuecot.curvature.sharpest import sharpest
 from valuecot.curvature.slope import edge
 from valuecot.flow.plan import Job, Plan
 from valuecot.geometry import attribution, carriers
@@ -27,6 +26,7 @@ from valuecot.training import launch
 from valuecot.training.launch import Work, do, read_work
 from valuecot.training.models import Target, conversation, encode, laid_out, load_model, target_examples, train_tokenizer
 from valuecot.training.places import fifths, pieces, token_places
+from valuecot.training.sharpest import sharpest
 from valuecot.training.snapshots import keep_snapshots, kept_snapshots, snapshot_steps, take_up
 from valuecot.types import Arm, Landscape, Prompt, Spectrum, Trace
 from valuecot.view.heat import heat_maps
@@ -65,7 +65,7 @@ def test_no_logarithm_of_what_is_not_positive(values):
 
 def test_means_of_parts_sum_to_the_mean():
     rng = random.Random(2)
-    told = mean_split([split(*corners(rng)) for _ in range(3)], "subsets")
+    told = carriers.mean_split([split(*corners(rng)) for _ in range(3)], "subsets")
     assert told["text"].mean + told["weights"].mean == pytest.approx(told["total"].mean, abs=1e-12)
     assert told["text"].n == 3 and told["text"].se > 0 and told["text"].over == "subsets"
 
@@ -247,6 +247,7 @@ class Dies(TrainerCallback):
 
 @pytest.mark.parametrize("kind, steps, killed", [("sft", 12, 8), ("grpo", 4, 3)])
 def test_snapshots_change_no_bit_and_survive_a_kill(kind, steps, killed, begin, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "reward_of", lambda *work: letters)  # one that an untrained model can earn
     do(work_of(kind, begin, tmp_path / "without", 0))
     do(work_of(kind, begin, tmp_path / "with", 3))
     assert same(*(load_file(tmp_path / name / "model" / "model.safetensors") for name in ("without", "with")))

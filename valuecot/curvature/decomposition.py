@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..stats import Mean, mean_se
 from ..types import Shown
 
 # %% auto #0
-__all__ = ['PARTS', 'Split', 'split', 'check_split', 'mean_split']
+__all__ = ['Split', 'split', 'check_split']
 
 # %% ../../nbs/curvature/38_decomposition.ipynb #7068db76
 @dataclass(frozen=True)
@@ -62,11 +60,3 @@ def check_split(found: Split) -> Split:
         if not math.isclose(text + weights, found.total, rel_tol=1e-12, abs_tol=1e-12):
             raise ArithmeticError(f"text {text:.15g} and weights {weights:.15g} do not sum to {found.total:.15g}")
     return found
-
-# %% ../../nbs/curvature/38_decomposition.ipynb #5c0d8123
-PARTS = "total", "text", "weights", "text_first", "text_last", "weights_first", "weights_last", "interaction"
-
-
-def mean_split(splits: Sequence[Split], over: str) -> dict[str, Mean]:  # part -> mean
-    "Mean parts with their standard errors."
-    return {part: mean_se([getattr(s, part) for s in splits], over) for part in PARTS}

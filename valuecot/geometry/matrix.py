@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from ..curvature.sharpest import sharpest
 from ..flow.plan import Stage
 from ..flow.run import finish
 from ..store import read_json, write_json
 from ..teacher.asked import read_traces
 from ..training.models import Target, fix, load_model, target_examples
+from ..training.sharpest import sharpest
 from ..types import Run
 
 # %% auto #0

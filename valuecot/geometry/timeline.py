@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..curvature.sharpest import sharpest
 from ..flow.plan import Stage
 from ..flow.run import finish
 from ..store import read_json, write_json
 from ..teacher.asked import read_traces
 from ..training.models import fix, load_model, targets
+from ..training.sharpest import sharpest
 from ..training.snapshots import kept_snapshots, take_up
 from ..types import Run, Shown
 

@@ -21,8 +21,9 @@ from .models import shape_config
 from .training_costs import TOKENS_A_WORD, Device, Given, bytes_text, lengths, shape, time_text, training_report
 
 # %% auto #0
-__all__ = ['PRODUCTS', 'LONGEST', 'GRM', 'shape_of', 'cost_of', 'rate_here', 'bandwidth_here', 'memory_here', 'lines', 'report',
-           'text_length', 'longest_prompt', 'judge_config', 'machine_here', 'training_given', 'foretold', 'main']
+__all__ = ['PRODUCTS', 'FEWER', 'LONGEST', 'GRM', 'shape_of', 'cost_of', 'rate_here', 'bandwidth_here', 'memory_here', 'searches',
+           'lines', 'report', 'text_length', 'longest_prompt', 'judge_config', 'machine_here', 'training_given',
+           'foretold', 'main']
 
 # %% ../../nbs/training/58_costs.ipynb #3ed8d047
 def shape_of(
@@ -84,6 +85,14 @@ def memory_here() -> tuple[str, float, float]:  # device, its free bytes, the ma
 
 # %% ../../nbs/training/58_costs.ipynb #ebe02a3c
 PRODUCTS = 22  # of a subset, for both ends: of 14 to 38 in the tiny profile
+FEWER = 16  # for the largest value alone: of 12 to 20 in the test profile
+
+
+def searches(settings: Settings) -> tuple[int, int]:  # on texts of other arms; along the run, without its end
+    "Largest values that are sought besides the spectra, for an arm with both trainings."
+    matrix, kept = settings["geometry.matrix"], settings["geometry.timeline"].snapshots
+    texts = [name for name in matrix.targets if name != "own"]
+    return max(len(texts) - 1, 0) * min(matrix.subsets, settings["geometry"].subsets), 2 + 2 * kept
 
 
 def lines(name: str, source: str, cost: Cost, config, settings: Settings, rate: float) -> list[str]:
@@ -94,6 +103,8 @@ def lines(name: str, source: str, cost: Cost, config, settings: Settings, rate: 
     needed = cost.weights_bytes + cost.product_bytes if hosted else cost.peak_bytes
     spectra, planes = data.subsets * cost.seconds(rate, PRODUCTS), 2 * cost.seconds(rate, 0, side**2)
     peer = hessian.max_iterations * hessian.top_n
+    texts, way = searches(settings)
+    kept = 2 * settings["geometry.timeline"].snapshots * cost.weights_bytes
     found = [
         f"  {name}: {cost.parameters / 1e6:,.1f} M parameters ({source})",
         f"    memory    {bytes_text(needed)} {'on the GPU' if device != 'CPU' else 'in memory'}: weights {bytes_text(cost.weights_bytes)}, one product {bytes_text(cost.product_bytes)} at {hessian.token_budget} tokens a micro-batch"
@@ -101,6 +112,7 @@ def lines(name: str, source: str, cost: Cost, config, settings: Settings, rate: 
         + f"; graphs, kept as far as a third of free memory goes: {bytes_text(cost.kept_bytes)} in all",
         f"    one arm   {data.subsets} spectra of {PRODUCTS} products {time_text(spectra)}, 2 landscapes of {side} x {side} points {time_text(planes)};"
         + f" PyHessian beside them: at most {peer} products a subset, {time_text(data.subsets * cost.seconds(rate, peer))}, logits whole, {bytes_text(4 * hessian.token_budget * config.vocab_size)} a copy",
+        f"    carriers  {texts} largest values on texts of other arms and {way} along the run, {FEWER} products each, {time_text((texts + way) * cost.seconds(rate, FEWER))}; {bytes_text(kept)} of snapshots on disk",
     ]
     if needed > size:
         ways = ["a smaller geometry.hessian.token_budget makes a product smaller"] if needed - cost.product_bytes < size else []
