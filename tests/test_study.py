@@ -108,7 +108,7 @@ def test_snakemake_says_what_is_stale_and_why(outputs, tmp_path):
     shutil.copytree(outputs / "test", tmp_path / "test")
     assert planned(dry_run(tmp_path)) == set()
     said = dry_run(tmp_path, overrides="geometry.landscape.rise=0.5")
-    assert planned(said) == {"range", "landscape", "report", "companion"} and "stale: range · llama · seed 0: settings changed" in said
+    assert planned(said) == {"range", "landscape", "carriers", "report", "companion"} and "stale: range · llama · seed 0: settings changed" in said
     file = tmp_path / "test/geometry/samples/llama/base/seed0/run.json"
     text = json.loads(file.read_text())
     text["key"]["code"] = "0" * 16
@@ -125,7 +125,7 @@ def test_a_changed_setting_reruns_what_depends_on_it_and_nothing_else(outputs, t
     said, _ = run.communicate(timeout=300)
     assert run.returncode == 0, said[-3000:]
     again = {folder for folder in old if (folder / "run.json").stat().st_ino != old[folder]}
-    assert {p.relative_to(tmp_path / "test/geometry").parts[0] for p in again} == {"range", "landscape", "report"}
+    assert {p.relative_to(tmp_path / "test/geometry").parts[0] for p in again} == {"range", "landscape", "carriers", "report"}
 
 
 def test_a_failing_stage_keeps_its_notebook_and_the_rest(outputs, tmp_path):
