@@ -195,7 +195,7 @@ def test_the_base_arm_starts_from_the_base_model(tiny):
 def test_a_setting_changes_exactly_the_keys_that_depend_on_it(tiny):
     other = Plan("tiny", "geometry", "geometry.grpo.kl_coef=0.2")
     changed = {j.stage for j in tiny.jobs() if tiny.key(j) != other.key(j)}
-    assert changed == {"grpo", "samples", "spectrum", "range", "landscape", "attribution", "matrix", "timeline", "arms", "carriers", "report"}
+    assert changed == {"grpo", "samples", "spectrum", "range", "landscape", "attribution", "matrix", "timeline", "carriers", "annealing", "behaviour", "conduct", "arms", "report"}
     only_one_arm = Plan("tiny", "geometry", "arm.annealing.target=standard")
     spectra = {j.arm for j in tiny.jobs() if j.stage == "spectrum" and tiny.key(j) != only_one_arm.key(j)}
     assert spectra == {"annealing"}
@@ -203,7 +203,7 @@ def test_a_setting_changes_exactly_the_keys_that_depend_on_it(tiny):
 
 def test_a_new_seed_changes_no_key_of_the_old_one(tiny):
     more = Plan("tiny", "geometry", "geometry.design.seeds=0,1")
-    assert {j.stage for j in tiny.jobs() if tiny.key(j) != more.key(j)} == {"arms", "carriers", "report"}
+    assert {j.stage for j in tiny.jobs() if tiny.key(j) != more.key(j)} == {"arms", "carriers", "conduct", "report"}
     assert len(more.jobs()) > len(tiny.jobs())
 
 
@@ -268,7 +268,7 @@ def test_prose_reruns_nothing_and_code_reruns_its_stage_and_what_follows(copy):
     edit(copy / "valuecot/training/models.py", "Seed every generator", "Seed each generator")  # a docstring
     assert changed_stages(before) == set()
     edit(copy / "nbs/geometry/50_spectrum.ipynb", "seed=0, max_matvecs", "seed=1, max_matvecs")
-    assert changed_stages(before) == {"spectrum", "range", "landscape", "attribution", "matrix", "timeline", "carriers", "report"}
+    assert changed_stages(before) == {"spectrum", "range", "landscape", "attribution", "matrix", "timeline", "carriers", "conduct", "report"}
 
 
 def test_an_imported_module_counts_and_the_view_does_not(copy):
@@ -276,7 +276,7 @@ def test_an_imported_module_counts_and_the_view_does_not(copy):
     before = {j: plan.key(j) for j in plan.jobs()}
     with open(copy / "valuecot/view/curves.py", "a") as file:
         file.write("\nNEW = 1\n")
-    assert changed_stages(before) == {"arms", "audit", "carriers", "release", "report"}, "pages, and what is made from one"
+    assert changed_stages(before) == {"arms", "audit", "carriers", "conduct", "release", "report"}, "pages, and what is made from one"
     with open(copy / "valuecot/training/sampling.py", "a") as file:
         file.write("\nNEW = 1\n")
     assert {"samples", "base_model", "grpo"} <= changed_stages(before) and "prompts" not in changed_stages(before)

@@ -40,7 +40,7 @@ def test_a_data_set_is_part_of_a_runs_folder():
 def test_arms_have_their_study_their_data_sets_and_their_start():
     plan = Plan("paper", "steerable")
     jobs = plan.jobs()
-    assert not any(j.stage in ("reward_model", "samples", "spectrum") for j in jobs), "the first study's stages run where they are needed"
+    assert not any(j.stage in ("reward_model", "samples", "landscape", "behaviour") for j in jobs), "the first study's stages run where they are needed"
     assert {j.dataset for j in jobs if j.arm == "human-cot"} == {"value_kaleidoscope"}
     needs = {j.arm: {i.model for i in plan.inputs(j) if i.stage == "base_model"} for j in jobs if j.stage in ("sft", "grpo") and j.model == "llama3-8b"}
     assert needs["sft"] == {"llama3-8b"} and needs["rlvr"] == {"llama3-8b-instruct"}
