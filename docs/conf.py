@@ -1,5 +1,7 @@
 """Sphinx configuration of the companion. `valuecot.companion.pages` copies this folder, adds the pages, and builds; nothing here runs a notebook."""
 
+from valuecot.companion.safe import guard
+
 project, author, copyright = "valuecot", "the valuecot authors", "the valuecot authors"
 extensions = ["myst_nb", "sphinxcontrib.bibtex", "sphinx_design", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
@@ -8,6 +10,7 @@ suppress_warnings = ["mystnb.unknown_mime_type", "myst.mathjax"]
 nb_execution_mode = "off"  # papermill has executed them
 nb_ipywidgets_js = {}  # its default asks two CDNs
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
+myst_disable_syntax = ["html_block", "html_inline"]  # text that looks like HTML is text
 myst_heading_anchors = 3
 bibtex_bibfiles = ["refs.bib"]
 bibtex_default_style = "unsrt"
@@ -33,3 +36,7 @@ html_copy_source = False
 html_show_sourcelink = False
 html_show_copyright = False
 html_show_sphinx = False
+
+
+def setup(app):
+    app.connect("doctree-read", guard, priority=100)  # before pictures and downloads are collected

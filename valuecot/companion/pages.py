@@ -228,14 +228,14 @@ def page_notebook(
 ) -> nbformat.NotebookNode:
     "The notebook that Sphinx is given for one run."
     raw = json.loads(page.notebook.read_text()) if page.notebook.exists() else {"cells": []}
-    title = page.title
-    shown = shown_cells(read_cells(raw, base), title, partial(linked, page=page, pages=pages), partial(address, page=page, pages=pages))
+    title = escape_markdown(page.title)  # names of folders are data too
+    shown = shown_cells(read_cells(raw, base), page.title, partial(linked, page=page, pages=pages), partial(address, page=page, pages=pages))
     if page.stage in SINGLE:
         shown = results_first(shown)
     first = next((c for c in shown if c.cell_type == "markdown" and c.source.startswith("# ")), None)
     if first:
         own, _, rest = first.source.partition("\n")
-        title = own[2:].strip() + (": " + page.study if page.study not in own.lower() else "") if page.stage == "report" else title
+        title = own[2:].strip() + (": " + escape_markdown(page.study) if page.study not in own.lower() else "") if page.stage == "report" else title
         first.source = rest.strip("\n")
     card = Page(page.folder, page.parts, page.failed, scrubbed(page.card, base))
     head = [new_markdown_cell(f"# {title}"), new_markdown_cell(run_card(card, pages))]
@@ -270,7 +270,8 @@ def notice(profile: str) -> str:  # "" for the paper profile
     "What a small profile is evidence of."
     if profile == "paper":
         return ""
-    return f"Profile {profile}: small models and little data. This proves that the machinery works; its numbers are not evidence about the papers’ claims."
+    name = re.sub(r"[^\w.-]", "_", profile)  # the theme takes this line for HTML
+    return f"Profile {name}: small models and little data. This proves that the machinery works; its numbers are not evidence about the papers’ claims."
 
 
 def listed(values: Iterable[object]) -> str:
