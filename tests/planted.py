@@ -38,7 +38,7 @@ PLANTS = [  # markup, Markdown, reStructuredText, templates, formulas
     f"```{{eval-rst}}\n.. raw:: html\n\n   {script('rst')}\n```", f"```{{raw}} html\n{script('raw')}\n```", f":::{{raw}} html\n{script('colon')}\n:::", f"> ```{{raw}} html\n> {script('quoted')}\n> ```", f"- ```{{raw}} html\n  {script('item')}\n  ```", f"~~~{{raw}} html\n{script('tilde')}\n~~~", f"``` {{raw}} html\n{script('blank')}\n```",
     f"```{{code-cell}} ipython3\n{run('cell')}\n```", "```{image} http://evil.example/directive.png\n```", "```{figure} /etc/passwd\n```", "```{iframe} http://evil.example/\n```", "```{button-link} javascript:planted('button-link')\n```",
     "{download}`../../../../../../../../etc/passwd`", "{download}`x </etc/passwd>`", "{raw}`html`", "{eval}`1`", ":download:`/etc/passwd`", f".. raw:: html\n\n   {script('bare rst')}", ".. include:: /etc/passwd", "|substitution|_", "`text <javascript:planted('rst link')>`_",
-    rf"$\href{{javascript:{run('tex')}}}{{x}}$", rf"$$\href{{javascript:{run('display')}}}{{x}}$$", rf"\(\href{{javascript:{run('paren')}}}{{x}}\)", rf"$\require{{html}}\style{{background:url(http://evil.example/tex.png)}}{{x}}\unicode{{x3c}}$", r"$\text{</span><script>planted('tex text')</script>}$",
+    rf"$\href{{javascript:{run('tex')}}}{{x}}$", rf"$$\href{{javascript:{run('display')}}}{{x}}$$", rf"\(\href{{javascript:{run('paren')}}}{{x}}\)", r"$\require{html}\style{background:url(http://evil.example/tex.png)}{x}\unicode{x3c}$", r"$\text{</span><script>planted('tex text')</script>}$",
     "<meta http-equiv=refresh content='0;url=http://evil.example/refresh'>", "<base href='http://evil.example/'>", "<link rel=stylesheet href='http://evil.example/x.css'>", "<link rel=preconnect href='https://evil.example'>", "<style>@import 'http://evil.example/s.css'; * {background: url(http://evil.example/s.png)}</style>",
     f"<iframe srcdoc=\"{script('srcdoc')}\"></iframe><iframe src='http://evil.example/frame'></iframe>", "<object data='http://evil.example/object'></object><embed src='http://evil.example/embed'>", f"<form action='http://evil.example/form'><button formaction=\"javascript:{run('form')}\">send</button><input autofocus onfocus={run('focus')}></form>",
     f"<details open ontoggle={run('toggle')}>x</details>", f"<video src=x onerror={run('video')}></video>", f"<button onclick={run('click')}>press</button>", "<div style='background:url(http://evil.example/bg.png)'>x</div>", "<table background='http://evil.example/table.png'><tr><td>x</td></tr></table>",
@@ -84,7 +84,12 @@ def foreign() -> list:
     rows = [{"title": ALL, "marks": [[SHORT, [SHORT, ALL]]], "body": ALL}, {"title": SHORT, "marks": [], "body": ALL}]
     outputs = [new_output("stream", name="stdout", text=ALL), new_output("error", ename=SHORT, evalue=ALL, traceback=[ALL, SHORT]), new_output("execute_result", {"text/plain": ALL}), display("application/vnd.plotly.v1+json", plot()), display(PAGES, rows)]
     outputs += [display(kind, ALL) for kind in ("text/html", "text/markdown", "text/latex", "image/svg+xml", "application/javascript", "application/json", "application/vnd.jupyter.widget-view+json", "text/x-planted")]
-    return [*outputs, *(display("text/html", text) for text in TEXTS), *(display("text/markdown", text) for text in TEXTS)]
+    return outputs
+
+
+def one_by_one() -> list:
+    "A plant may hide those after it, so each also comes alone."
+    return [display(kind, text) for kind in ("text/html", "text/markdown") for text in TEXTS]
 
 
 def card(stage: str) -> dict:
@@ -97,16 +102,17 @@ def planted_profile(base: Path) -> Path:
     profile = base / "tiny"
     texts = [new_markdown_cell(text) for text in TEXTS]
     head = [new_markdown_cell(f"---\nmyst:\n  enable_extensions: [substitution, html_image]\n---\n# {SHORT}\n\n> {ALL}")]
-    body = [*texts, new_code_cell(f"# {ALL}\nx = 1", outputs=foreign()), new_code_cell("ours()", outputs=ours())]
+    code, alone = new_code_cell(f"# {ALL}\nx = 1", outputs=foreign()), new_code_cell("alone()", outputs=one_by_one())
+    bodies = {"report": [*texts, new_markdown_cell("## Run"), code, new_code_cell("ours()", outputs=ours())], "faithfulness": [alone]}
     folders = [f"geometry/grpo/{NAME}/{NAME}/seed{NAME}", "geometry/report", f"{NAME}/{NAME}/llama-{NAME}", "steerable/faithfulness/llama/sft/seed0"]
     for folder in folders:
         place = profile / folder
         place.mkdir(parents=True)
-        nbformat.write(new_notebook(cells=[*head, *body, new_markdown_cell("## Run"), *body]), place / "run.ipynb")
+        nbformat.write(new_notebook(cells=[*head, *bodies.get(folder.split("/")[1], [code])]), place / "run.ipynb")
         (place / "run.json").write_text(json.dumps(card(folder.split("/")[1])))
         pd.DataFrame({SHORT: TEXTS}).to_csv(place / "texts.csv", index=False)
     pd.DataFrame({SHORT: TEXTS}).to_csv(profile / "geometry/report" / f"{NAME}.csv", index=False)
     failed = profile / "geometry/sft/llama/base/seed0"
     failed.mkdir(parents=True)
-    nbformat.write(new_notebook(cells=[*texts, new_code_cell("1/0", outputs=foreign())]), failed / "failed.ipynb")
+    nbformat.write(new_notebook(cells=[new_code_cell("1/0", outputs=foreign())]), failed / "failed.ipynb")
     return profile

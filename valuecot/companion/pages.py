@@ -395,8 +395,7 @@ def add_libraries(static: Path) -> None:  # Sphinx's _static
     if package is None or not package.origin:
         raise FileNotFoundError("MathJax is not installed: pip install 'valuecot[companion]'")
     source = Path(package.origin).parent / "static" / "mathjax"
-    wanted = ["tex-mml-chtml.js", "output/chtml/fonts/woff-v2/*.woff", "input/tex/extensions/*.js"]
-    for file in (f for pattern in wanted for f in source.glob(pattern) if f.name != "all-packages.js"):
+    for file in (f for pattern in ("tex-mml-chtml.js", "output/chtml/fonts/woff-v2/*.woff") for f in source.glob(pattern)):
         copy = static / "mathjax" / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copy)

@@ -87,6 +87,8 @@ class Cleaner(HTMLParser):
         kept = [(k, self.attribute(tag, k, v or "")) for k, v in attrs]
         if tag == "img" and "src" not in {k for k, v in kept if v}:
             return
+        if tag == "th" and "scope" not in dict(kept):
+            kept.append(("scope", "col" if "thead" in self.stack else "row"))
         self.out.append(f"<{tag}" + "".join(f' {k}="{html.escape(v)}"' for k, v in kept if v is not None) + ">")
         if tag not in VOID:
             self.stack.append(tag)
@@ -164,7 +166,7 @@ def figure_html(
         layout = uncaptioned(layout, meta)
         text = json.dumps({"data": spec["data"], "layout": layout}, separators=(",", ":")).replace("<", "\\u003c")
         parts.append(f'<script type="application/json">{text}</script>')
-        parts.append(f'<div class="vc-plot" role="img" aria-label="{alt}" style="height:{int(layout.get("height") or 450)}px"></div>')
+        parts.append(f'<div class="vc-plot" role="group" aria-label="{alt}" style="height:{int(layout.get("height") or 450)}px"></div>')
     if "image/png" in bundle:
         png = re.sub(r"[^A-Za-z0-9+/=]", "", "".join(bundle["image/png"]))
         parts.append(f'<img alt="{alt}" src="data:image/png;base64,{png}">')
