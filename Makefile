@@ -69,7 +69,8 @@ else
 		--agreement $(call quoted,$(AGREEMENT)) --data $(call quoted,$(DATA)) --public $(call quoted,$(or $(PUBLIC),no)) --send $(call quoted,$(or $(SEND),no))
 endif
 
-companion: env ## build the pages again from what was run
+companion: env ## build the pages again from what was run; CONCEPTS=all, packages or notebooks: execute these concept notebooks first, for their pages
+	@$(if $(CONCEPTS),$(PY) -m valuecot.companion.concepts $(call quoted,$(CONCEPTS)),true)
 	@$(PY) -m valuecot.companion.pages $(PROFILE)
 
 site: env ## build the pages of PROFILE for others to see, in the folder TO; TEXTS=no leaves out texts whose licence does not let them be passed on

@@ -1,5 +1,9 @@
 """Sphinx configuration of the companion. `valuecot.companion.pages` copies this folder, adds the pages, and builds; nothing here runs a notebook."""
 
+from pygments.formatters import HtmlFormatter
+from pygments.token import Comment, Keyword, Literal, Name, Text
+from sphinx.highlighting import PygmentsBridge
+
 from valuecot.companion.safe import guard
 
 project, author, copyright = "valuecot", "the valuecot authors", "the valuecot authors"
@@ -15,6 +19,8 @@ myst_disable_syntax = ["html_block", "html_inline"]  # text that looks like HTML
 myst_heading_anchors = 3
 bibtex_bibfiles = ["refs.bib"]
 bibtex_default_style = "unsrt"
+add_module_names = False  # the reference says under which module a name stands
+toc_object_entries = False  # as headings of a page, hundreds of names would hide its modules
 
 html_theme = "sphinx_book_theme"
 html_title = "valuecot companion"
@@ -31,6 +37,7 @@ html_theme_options = {
     "show_toc_level": 2,
     "navbar_persistent": [],  # the sidebar has the search already
     "home_page_in_toc": True,
+    "collapse_navbar": True,  # a page lists its own branch; all of them on every page would be most of the site
     "use_download_button": False,
     "use_fullscreen_button": False,
     "use_source_button": False,
@@ -40,6 +47,18 @@ html_copy_source = False
 html_show_sourcelink = False
 html_show_copyright = False
 html_show_sphinx = False
+
+
+class Sparing(HtmlFormatter):
+    "Code in which plain names, signs and blanks have no mark of their own: they look the same, and a page is half as long."
+
+    def format_unencoded(self, tokens, outfile):
+        marked = Comment, Keyword, Literal, Name.Function, Name.Class, Name.Decorator, Name.Namespace, Name.Builtin
+        kept = ((kind if any(kind in family for family in marked) else Text, text) for kind, text in tokens)
+        super().format_unencoded(kept, outfile)
+
+
+PygmentsBridge.html_formatter = Sparing
 
 
 def setup(app):

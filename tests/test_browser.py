@@ -42,7 +42,7 @@ def test_the_harness_sees_what_a_page_does(browser, tmp_path):
     browser.open(page)
     browser.js("document.querySelector('a').click()")
     browser.settle()
-    assert {"a", "img", "frame", "dialog: 3"} <= set(browser.ran) and len(browser.js(ACTIVE)) == 3
+    assert {"a", "img", "frame", "dialog: 3"} <= set(browser.ran) and len(browser.js(ACTIVE)) == 4
     assert "http://evil.example/x.png" in browser.outside and any("GET http://evil.example/x.png" in call for call in browser.outside) and any("CONNECT evil.example" in call for call in browser.outside)
     assert any("nowhere is not defined" in e for e in browser.errors)
     browser.open(page.with_name("page.html"))

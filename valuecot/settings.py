@@ -23,11 +23,11 @@ from .types import Arm
 
 # %% auto #0
 __all__ = ['records', 'profiles', 'root', 'outputs', 'nearest', 'Source', 'Weights', 'Data', 'Design', 'Traces', 'TeacherModel',
-           'SFT', 'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'ModelShape', 'Machine', 'BaseModel',
-           'Steerable', 'Drawn', 'Sampling', 'Validated', 'SteerableTraces', 'Prompted', 'Pluralism', 'Probes',
-           'Faithfulness', 'Moderation', 'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast', 'published', 'read_file',
-           'notes', 'optional', 'put', 'parse_overrides', 'typed', 'Settings', 'load', 'check_design', 'check_teachers',
-           'check_named', 'check_once', 'for_arm', 'needed_alone', 'tell']
+           'SFT', 'RewardModel', 'GRPO', 'Samples', 'Hessian', 'Grid', 'ModelShape', 'Machine', 'Companion',
+           'BaseModel', 'Steerable', 'Drawn', 'Sampling', 'Validated', 'SteerableTraces', 'Prompted', 'Pluralism',
+           'Probes', 'Faithfulness', 'Moderation', 'SteerableSFT', 'SteerableGRPO', 'record_of', 'cast', 'published',
+           'read_file', 'notes', 'optional', 'put', 'parse_overrides', 'typed', 'Settings', 'load', 'check_design',
+           'check_teachers', 'check_named', 'check_once', 'for_arm', 'needed_alone', 'tell']
 
 # %% ../nbs/01_settings.ipynb #8ad55607
 def root(
@@ -305,6 +305,13 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Companion:
+    "[companion]: what its pages show beyond the runs."
+
+    concepts: tuple[str, ...]  # concept notebooks to execute: "all", packages, or single ones as "stats/12_means"
+
+
+@dataclass(frozen=True)
 class BaseModel:
     "[base_model]: pretraining of a scratch model on the small world."
 
@@ -535,6 +542,7 @@ records = {
     "geometry.landscape": Grid,
     "base_model": BaseModel,
     "machine": Machine,
+    "companion": Companion,
     "steerable": Steerable,
     "steerable.design": Design,
     "steerable.sft": SteerableSFT,

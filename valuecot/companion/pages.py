@@ -28,7 +28,7 @@ from pathlib import Path
 import nbformat
 from nbformat.v4 import new_markdown_cell
 
-from .safe import as_page, read_cells, scrubbed, shown_cells
+from .safe import as_page, read_cells, read_notebook, scrubbed, shown_cells
 from ..settings import outputs, root
 from ..view.browser import SCRIPT
 from ..view.tables import escape_markdown
@@ -227,7 +227,7 @@ def page_notebook(
     base: str = "",  # the project's folder, to be scrubbed
 ) -> nbformat.NotebookNode:
     "The notebook that Sphinx is given for one run."
-    raw = json.loads(page.notebook.read_text()) if page.notebook.exists() else {"cells": []}
+    raw = read_notebook(page.notebook, "/".join((*page.parts, page.notebook.name))) if page.notebook.exists() else {"cells": []}
     title = escape_markdown(page.title)  # names of folders are data too
     shown = shown_cells(read_cells(raw, base), page.title, partial(linked, page=page, pages=pages), partial(address, page=page, pages=pages))
     if page.stage in SINGLE:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ROOTS', 'ABSOLUTE', 'ANSI', 'TAGS', 'VOID', 'ATTRIBUTES', 'SILENT', 'TRACES', 'FETCHING', 'DIRECTIVES', 'FENCE',
-           'ADDRESS', 'HIDDEN_TAGS', 'scrub', 'scrubbed', 'Cleaner', 'clean', 'uncaptioned', 'self_contained',
-           'figure_html', 'markdown_html', 'shown_output', 'tame', 'within', 'guard', 'directives', 'bare_imports',
-           'shown_cells', 'read_cells', 'as_page']
+           'ADDRESS', 'HIDDEN_TAGS', 'LARGEST', 'scrub', 'scrubbed', 'Cleaner', 'clean', 'uncaptioned',
+           'self_contained', 'figure_html', 'markdown_html', 'shown_output', 'tame', 'within', 'guard', 'directives',
+           'bare_imports', 'shown_cells', 'read_notebook', 'read_cells', 'as_page']
 
 # %% ../../nbs/companion/88_safe.ipynb #5afe0a04
 import ast
@@ -291,6 +291,26 @@ def shown_cells(
     return shown
 
 # %% ../../nbs/companion/88_safe.ipynb #5afe0c01
+LARGEST = 200_000_000  # bytes of a notebook; ours have less than a tenth
+
+
+def read_notebook(
+    file: Path,
+    name: str,  # for the message
+) -> dict:  # JSON
+    "An executed notebook, as data: nothing of it is run."
+    if (size := file.stat().st_size) > LARGEST:
+        raise ValueError(f"{name} has {size / 1e6:.0f} MB, at most {LARGEST / 1e6:.0f} MB are read: run the stage again")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is no notebook ({type(error).__name__}): run the stage again") from None
+    cells = found.get("cells") if isinstance(found, dict) else None
+    if not isinstance(cells, list) or not all(isinstance(c, dict) and isinstance(c.get("source"), str | list) and "cell_type" in c for c in cells):
+        raise ValueError(f"{name} is no notebook of cells: run the stage again")
+    return found
+
+
 def read_cells(
     notebook: dict,  # as JSON on disk, where texts may be lists of lines
     base: str = "",  # the project's folder, to be scrubbed

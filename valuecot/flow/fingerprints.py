@@ -51,7 +51,8 @@ def file_of(module: str) -> Path | None:  # None: not a module of ours
     return None
 
 
-def imported(source: str, package: str = "") -> set[str]:  # "valuecot.x.y"
+@cache  # asked of every module by every notebook that reaches it
+def imported(source: str, package: str = "") -> frozenset[str]:  # "valuecot.x.y"
     "Modules of ours that `source`, living in `package`, imports."
     names = set()
     for node in understood(source)[1]:
@@ -61,7 +62,7 @@ def imported(source: str, package: str = "") -> set[str]:  # "valuecot.x.y"
             parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*parts, *([node.module] if node.module else [])])
             names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-    return {n for n in names if n.split(".")[0] == "valuecot" and file_of(n)}
+    return frozenset(n for n in names if n.split(".")[0] == "valuecot" and file_of(n))
 
 # %% ../../nbs/flow/11_fingerprints.ipynb #9fe0d025
 def reached(source: str, leave_out: tuple[str, ...] = ()) -> dict[str, str]:  # module -> source

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 
-from .fingerprints import bare, code_of, fingerprint, notebooks, reached
+from .fingerprints import bare, code_of, fingerprint, imported, notebooks, reached
 from ..settings import Settings, Source, Weights, load, nearest, outputs, root
 from ..store import digest, hash_folder, read_json, write_text
 from ..types import Arm
@@ -259,7 +259,7 @@ def key_of(plan: Plan, job: Job) -> dict[str, str]:
 
 def forget() -> None:
     "Read code and folders anew at the next question."
-    for cached in (fingerprint, stages, key_of):
+    for cached in (fingerprint, imported, stages, key_of):
         cached.cache_clear()
 
 

@@ -47,7 +47,7 @@ def shell():
         def _showtraceback(self, *lines):  # the error becomes an output of its own
             pass
 
-    Shell.clear_instance()
+    InteractiveShell.clear_instance()  # also one of another class
     found = Shell.instance()
     found.history_manager.enabled = False
     found.enable_matplotlib("inline")
