@@ -19,7 +19,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL = help
-.PHONY: help env study plan dry test prove peers bench publish companion lab export clean-outputs
+.PHONY: help env study plan dry test prove peers bench publish companion site lab export clean-outputs
 
 help:      ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -72,6 +72,9 @@ endif
 companion: env ## build the pages again from what was run; CONCEPTS=all, packages or notebooks: execute these concept notebooks first, for their pages
 	@$(if $(CONCEPTS),$(PY) -m valuecot.companion.concepts $(call quoted,$(CONCEPTS)),true)
 	@$(PY) -m valuecot.companion.pages $(PROFILE)
+
+site: env ## build the pages of PROFILE for others to see, in the folder TO; TEXTS=no leaves out texts whose licence does not let them be passed on
+	@$(PY) -m valuecot.companion.export $(PROFILE) $(call quoted,$(TO)) $(call quoted,$(TEXTS))
 
 lab: env ## JupyterLab on the notebooks
 	@$(PY) -m jupyter lab nbs

@@ -6,14 +6,18 @@ from pygments.formatters import HtmlFormatter
 from pygments.token import Comment, Keyword, Literal, Name, Text
 from sphinx.highlighting import PygmentsBridge
 
+from valuecot.companion.safe import guard
+
 project, author, copyright = "valuecot", "the valuecot authors", "the valuecot authors"
 extensions = ["myst_nb", "sphinxcontrib.bibtex", "sphinx_design", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
+templates_path = ["_templates"]
 suppress_warnings = ["mystnb.unknown_mime_type", "myst.mathjax"]
 
 nb_execution_mode = "off"  # papermill has executed them
 nb_ipywidgets_js = {}  # its default asks two CDNs
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
+myst_disable_syntax = ["html_block", "html_inline"]  # text that looks like HTML is text
 myst_heading_anchors = 3
 bibtex_bibfiles = ["refs.bib"]
 bibtex_default_style = "unsrt"
@@ -24,8 +28,11 @@ html_theme = "sphinx_book_theme"
 html_title = "valuecot companion"
 html_static_path = ["_static"]
 html_css_files = ["print.css"]
-html_js_files = [("figures.js", {"defer": "defer"}), ("browser.js", {"defer": "defer"})]
+html_js_files = [(name, {"defer": "defer"}) for name in ("figures.js", "browser.js", "access.js")]
+html_context = {"default_mode": "auto"}  # light or dark as the reader's system is; the theme complains where it is not said
+html_show_search_summary = False  # it fetches the pages, which a browser refuses on file://
 mathjax_path = "mathjax/tex-mml-chtml.js"  # copied beside the pages: no CDN
+mathjax3_config = {"tex": {"packages": {"[-]": ["require", "autoload"]}}}  # the macros that they load can link to scripts and fetch pictures
 html_theme_options = {
     "announcement": "",  # the build says here what a small profile cannot prove
     "logo": {"text": "valuecot companion"},
@@ -57,5 +64,6 @@ PygmentsBridge.html_formatter = Sparing
 
 
 def setup(app):
-    "The theme's source maps, 3.5 MB, serve only who debugs the theme."
+    "What a page may not do is taken out before pictures and downloads are collected; the theme's source maps, 3.5 MB, serve only who debugs the theme."
+    app.connect("doctree-read", guard, priority=100)
     app.connect("build-finished", lambda app, error: [p.unlink() for p in Path(app.outdir, "_static").rglob("*.map")])

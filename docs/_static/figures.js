@@ -38,7 +38,7 @@
       const plot = figure.querySelector(".vc-plot");
       spec.layout.font = Object.assign({}, spec.layout.font, { color: ink() });
       figure.classList.add("live");
-      return Plotly.newPlot(plot, spec.data, spec.layout, { responsive: true, displaylogo: false }).then(function () {
+      return Plotly.newPlot(plot, spec.data, spec.layout, { responsive: true, displaylogo: false, typesetMath: false }).then(function () {
         figure.dataset.state = "drawn";
         const scenes = (spec.layout.meta || {}).linked;
         if (scenes && scenes.length > 1) link(plot, scenes);

@@ -32,7 +32,7 @@ from nbformat.v4 import new_markdown_cell
 
 from .ledger import Line, claim_section, counts, ledger, ledger_table, verdict_table
 from .lineage import lineage
-from .safe import as_page, read_cells, scrub, scrubbed, shown_cells, stale_mark
+from .safe import as_page, read_cells, read_notebook, scrub, scrubbed, shown_cells, stale_mark
 from ..settings import load, outputs, root
 from ..view.browser import SCRIPT
 from ..view.tables import escape_markdown
@@ -257,15 +257,15 @@ def page_notebook(
     base: str = "",  # the project's folder, to be scrubbed
 ) -> nbformat.NotebookNode:
     "The notebook that Sphinx is given for one run."
-    raw = json.loads(page.notebook.read_text()) if page.notebook.exists() else {"cells": []}
-    title = page.title
-    shown = shown_cells(read_cells(raw, base), title, partial(linked, page=page, pages=pages), Links(page, pages))
+    raw = read_notebook(page.notebook, "/".join((*page.parts, page.notebook.name))) if page.notebook.exists() else {"cells": []}
+    title = escape_markdown(page.title)  # names of folders are data too
+    shown = shown_cells(read_cells(raw, base), page.title, partial(linked, page=page, pages=pages), Links(page, pages))
     if page.stage in SINGLE:
         shown = results_first(shown)
     first = next((c for c in shown if c.cell_type == "markdown" and c.source.startswith("# ")), None)
     if first:
         own, _, rest = first.source.partition("\n")
-        title = own[2:].strip() + (": " + page.study if page.study not in own.lower() else "") if page.stage == "report" else title
+        title = own[2:].strip() + (": " + escape_markdown(page.study) if page.study not in own.lower() else "") if page.stage == "report" else title
         first.source = rest.strip("\n")
     card = replace(page, card=scrubbed(page.card, base), stale=scrub(page.stale, base))
     head = [new_markdown_cell(f"# {title}"), new_markdown_cell(run_card(card, pages))]
@@ -300,7 +300,8 @@ def notice(profile: str) -> str:  # "" for the paper profile
     "What a small profile is evidence of."
     if profile == "paper":
         return ""
-    return f"Profile {profile}: small models and little data. This proves that the machinery works; its numbers are not evidence about the papers’ claims."
+    name = re.sub(r"[^\w.-]", "_", profile)  # the theme takes this line for HTML
+    return f"Profile {name}: small models and little data. This proves that the machinery works; its numbers are not evidence about the papers’ claims."
 
 
 def listed(values: Iterable[object]) -> str:
@@ -475,8 +476,7 @@ def add_libraries(static: Path) -> None:  # Sphinx's _static
     if package is None or not package.origin:
         raise FileNotFoundError("MathJax is not installed: pip install 'valuecot[companion]'")
     source = Path(package.origin).parent / "static" / "mathjax"
-    wanted = ["tex-mml-chtml.js", "output/chtml/fonts/woff-v2/*.woff", "input/tex/extensions/*.js"]
-    for file in (f for pattern in wanted for f in source.glob(pattern) if f.name != "all-packages.js"):
+    for file in (f for pattern in ("tex-mml-chtml.js", "output/chtml/fonts/woff-v2/*.woff") for f in source.glob(pattern)):
         copy = static / "mathjax" / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copy)

@@ -59,6 +59,8 @@ def read_object(
         pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    except RecursionError:
+        raise ValueError(f"{path} nests lists or objects too deep to be prompts") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}): cut off or edited?") from error
     if not isinstance(pairs, list) or not all(isinstance(p, tuple) for p in pairs):

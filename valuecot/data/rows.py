@@ -20,13 +20,17 @@ __all__ = ['read_json_rows', 'read_rows', 'check_columns', 'files_of', 'text_of'
 # %% ../../nbs/data/29_rows.ipynb #d3ee2ca6
 def read_json_rows(path: Path) -> list:
     "Rows of a JSON list, or of JSON lines."
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
             return [json.loads(line) for line in text.split("\n") if line.strip()]
         found = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}): cut off or edited?") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    except RecursionError:
+        raise ValueError(f"{path} nests lists or objects too deep to be rows") from None
     if not isinstance(found, list):
         raise ValueError(f"{path} must hold one JSON list of rows, not {type(found).__name__}")
     return found

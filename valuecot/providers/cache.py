@@ -12,7 +12,7 @@ import sqlite3
 import threading
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,8 @@ from .requests import Failure, Reply, Request, as_reply, as_request, canonical
 from ..store import write_bytes
 
 # %% auto #0
-__all__ = ['TABLES', 'SEND', 'connect', 'Writer', 'sending', 'CapReached', 'OpenBatch', 'Cache', 'export_replies', 'read_export',
-           'import_replies']
+__all__ = ['TABLES', 'SEND', 'connect', 'Writer', 'sending', 'CapReached', 'OpenBatch', 'Cache', 'export_replies', 'unpacked',
+           'read_export', 'import_replies']
 
 # %% ../../nbs/providers/15_cache.ipynb #ee2c2f19
 TABLES = """
@@ -263,11 +263,21 @@ def export_replies(cache: Cache, path: Path, keys: Iterable[str] | None = None) 
     return len(rows)
 
 
+def unpacked(path: Path, most: int = 64_000_000, ratio: int = 200) -> Iterator[bytes]:  # lines
+    "Lines of a .gz file; an error where it grows beyond `most` bytes and `ratio` times its size, as no replies do."
+    limit, size = max(most, ratio * path.stat().st_size), 0
+    with gzip.open(path, "rb") as file:
+        while line := file.readline(limit + 1):
+            size += len(line)
+            if size > limit:
+                raise ValueError(f"it unpacks to more than {limit:,} bytes, {ratio} times its size")
+            yield line
+
+
 def read_export(path: Path) -> tuple[list[tuple[Request, Reply]], list[tuple[Request, Failure]]]:
     "Questions with their replies, and those with a reason instead."
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            lines = [json.loads(line) for line in file]
+        lines = [json.loads(line) for line in unpacked(path)]
         if not lines:
             raise EOFError("no line in it")
         count, *rows = lines
@@ -275,7 +285,7 @@ def read_export(path: Path) -> tuple[list[tuple[Request, Reply]], list[tuple[Req
         failed = [(request := as_request(canonical(row["request"])), Failure(request.key, row["failure"]["reason"], 0, True, row["failure"]["billed"])) for row in rows if "failure" in row]
         if (count["replies"], count["failures"]) != (len(pairs), len(failed)):
             raise EOFError(f"{len(pairs)} of {count['replies']} replies, {len(failed)} of {count['failures']} failures")
-    except (EOFError, gzip.BadGzipFile, zlib.error, KeyError, TypeError, ValueError) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, KeyError, TypeError, ValueError, RecursionError) as error:
         why = "the file is empty" if not path.stat().st_size else f"it was cut off: {error}" if isinstance(error, EOFError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is no whole export of replies ({why}); nothing was imported") from None
     return pairs, failed

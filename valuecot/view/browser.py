@@ -93,7 +93,7 @@ def browser_html(
     lists = "".join(choices(rows, name) for name in names)
     form = f'<div class="vc-lists" hidden>{lists}<label>search <input type="search" class="vc-search"></label><span><button type="button" class="vc-back">← back</button> <output></output> <button type="button" class="vc-on">next →</button></span></div>'
     first = f'<p class="vc-title">{html.escape(rows[0]["title"])}</p><div class="vc-entry">{rows[0]["body"]}</div><noscript>The first of {len(rows)}; turning the pages needs JavaScript.</noscript>'
-    return f'<div class="vc-browser mathjax_ignore tex2jax_ignore" tabindex="0">{form}{first}<script type="text/plain">{packed(rows)}</script></div>'
+    return f'<div class="vc-browser mathjax_ignore tex2jax_ignore" tabindex="0" role="group" aria-label="{len(rows)} texts; arrow keys turn the pages">{form}{first}<script type="text/plain">{packed(rows)}</script></div>'
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ def traces_table(
     values = " · ".join(html.escape(v) for v in (prompt.value_1, prompt.value_2))
     span = f'colspan="{len(named)}" style="{top}"'
     rows = [f"<tr><th>prompt</th><td {span}>{broken_lines(prompt.text)}</td></tr>", f"<tr><th>values</th><td {span}>{values}</td></tr>"]
-    rows.append("<tr><th></th>" + "".join(f'<th style="text-align:left">{html.escape(name)}</th>' for name in named) + "</tr>")
+    rows.append("<tr><td></td>" + "".join(f'<th style="text-align:left">{html.escape(name)}</th>' for name in named) + "</tr>")
     for name, columns in cells.items():
         rows.append(f'<tr><th style="{top}">{name}</th>' + "".join(f'<td style="{top};width:{90 // len(named)}%">{c}</td>' for c in columns) + "</tr>")
     return Html(f'<table class="vc-traces mathjax_ignore tex2jax_ignore">{"".join(rows)}</table>')

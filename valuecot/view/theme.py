@@ -87,6 +87,7 @@ def theme() -> dict:  # matplotlib rc parameters
         "axes.facecolor": "none",
         "savefig.facecolor": "none",
         "savefig.dpi": 200,
+        "text.parse_math": False,  # a label may be data, and a lone \\href in it would be an error
     }
 
 # %% ../../nbs/view/60_theme.ipynb #b086f226
