@@ -71,7 +71,7 @@ endif
 
 companion: env ## build the pages again from what was run; CONCEPTS=all, packages or notebooks: execute these concept notebooks first, for their pages
 	@$(if $(CONCEPTS),$(PY) -m valuecot.companion.concepts $(call quoted,$(CONCEPTS)),true)
-	@$(PY) -m valuecot.companion.pages $(PROFILE)
+	@$(PY) -m valuecot.companion.pages $(PROFILE) $(call quoted,$(SET))
 
 site: env ## build the pages of PROFILE for others to see, in the folder TO; TEXTS=no leaves out texts whose licence does not let them be passed on
 	@$(PY) -m valuecot.companion.export $(PROFILE) $(call quoted,$(TO)) $(call quoted,$(TEXTS))

@@ -328,4 +328,4 @@ rule companion:
     output: f"{OUT}/companion/index.html"
     params: overrides=shlex.quote(OVERRIDES), studies=",".join(STUDIES)
     log: f"{OUT}/log/companion.log"
-    shell: f"{sys.executable} -m valuecot.companion.pages {PROFILE} 2> {{log}} && {sys.executable} -m valuecot.flow.plan {PROFILE} {{params.studies}} {{params.overrides}}"
+    shell: f"{sys.executable} -m valuecot.companion.pages {PROFILE} {{params.overrides}} 2> {{log}} && {sys.executable} -m valuecot.flow.plan {PROFILE} {{params.studies}} {{params.overrides}}"

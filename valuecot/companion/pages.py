@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'SINGLE', 'STUDY_TITLES', 'RULE', 'stage_title', 'stage_ord
            'Links', 'linked', 'card_value', 'run_card', 'results_first', 'page_notebook', 'write_page', 'notice',
            'listed', 'counted', 'levels_of', 'what_was_run', 'stage_table', 'teasers', 'stage_docname', 'raw_html',
            'verdict_counts', 'first_words', 'index_page', 'claims_page', 'stage_page', 'add_libraries',
-           'write_table_of', 'write_sources', 'run_sphinx', 'swap', 'build', 'main']
+           'write_table_of', 'write_sources', 'run_sphinx', 'swap', 'check', 'build', 'main']
 
 # %% ../../nbs/companion/90_pages.ipynb #2fd77625
 import contextlib
@@ -30,10 +30,14 @@ from types import MappingProxyType
 import nbformat
 from nbformat.v4 import new_markdown_cell
 
+from .checks import check_site
+from .concepts import write_concepts
 from .ledger import Line, claim_section, counts, ledger, ledger_table, verdict_table
 from .lineage import lineage
+from .reference import write_reference
+from .replay import replay, replay_files, replay_page, write_csv
 from .safe import as_page, read_cells, read_notebook, scrub, scrubbed, shown_cells, stale_mark
-from ..settings import load, outputs, root
+from ..settings import Settings, load, outputs, profiles, root
 from ..view.browser import SCRIPT
 from ..view.tables import escape_markdown
 from ..flow.plan import split_cell
@@ -492,6 +496,7 @@ def write_sources(
     profile: str,
     pages: Sequence[Page],
     sources: Path,  # a new folder
+    settings: Settings,
     lines: Sequence[Line] = (),  # the ledger
 ) -> None:
     "Everything that Sphinx reads."
@@ -505,10 +510,12 @@ def write_sources(
         own = [p for p in pages if (p.study, p.stage) == (study, stage)]
         (sources / (stage_docname(own) + ".md")).write_text(stage_page(own))
     (sources / "references.md").write_text("# References\n\n```{bibliography}\n:all:\n```\n")
-    more = {"Evidence": ["methods"]}
-    if lines:
-        (sources / "claims.md").write_text(claims_page(lines, pages))
-        write_table_of(sources / "claims.csv", lines)
+    (sources / "claims.md").write_text(claims_page(lines, pages))
+    write_table_of(sources / "claims.csv", lines)
+    again = replay(settings, **replay_files(settings))
+    (sources / "replay.md").write_text(replay_page(again) + "\n{download}`All rows as CSV <replay.csv>`\n")
+    write_csv(again, sources / "replay.csv")
+    more = {"Evidence": ["replay", "methods"], "Notebooks and code": [*write_concepts(sources, settings["companion"].concepts)[:1], *write_reference(sources)[:1]]}
     (sources / "index.md").write_text(index_page(profile, pages, lines, more))
 
 # %% ../../nbs/companion/90_pages.ipynb #5aa498e6
@@ -548,21 +555,33 @@ def swap(
     shutil.rmtree(old, ignore_errors=True)
 
 
+def check(site: Path) -> None:
+    "Stop for what must not be on a page; tell what is too large."
+    said = check_site(site)
+    if wrong := [line for line in said if line.startswith("error")]:
+        raise RuntimeError(f"the new pages hold what no page may, and the old ones are untouched: {'; '.join(wrong[:5])}")
+    for line in said:
+        print(line, file=sys.stderr)
+
+
 def build(
     profile_dir: Path,  # outputs/<profile>
     out: Path | None = None,  # outputs/<profile>/companion by default
+    overrides: str = "",  # as in make study SET=...
 ) -> Path:  # index.html
-    "Build the companion of one profile."
+    "Build the companion of one profile; a secret or a path in it stops the build, what is too large is told."
     profile_dir = Path(profile_dir)
     pages, profile = found(profile_dir), profile_dir.resolve().name
-    lines = ledger(lineage(profile_dir), load("paper"))  # what the papers print is the same in every profile
+    settings = load(profile if profile in profiles else "tiny", overrides)  # of a folder of another name only what the papers print is read
+    lines = ledger(lineage(profile_dir), settings)
     out = Path(out) if out else profile_dir / "companion"
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        write_sources(profile, pages, scratch / "sources", lines)
+        write_sources(profile, pages, scratch / "sources", settings, lines)
         options = ["-D", f"html_theme_options.announcement={notice(profile)}", "-D", f"html_title=valuecot companion · {profile}"]
         run_sphinx(scratch / "sources", scratch / "site", options)
+        check(scratch / "site")
         swap(scratch / "site", out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -570,16 +589,16 @@ def build(
 
 # %% ../../nbs/companion/90_pages.ipynb #fc7c12ed
 def main(
-    arguments: Sequence[str] | None = None,  # a profile's name
+    arguments: Sequence[str] | None = None,  # a profile's name[, overrides]
 ) -> int:
     "`python -m valuecot.companion.pages tiny` builds, and prints the path of index.html."
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if len(arguments) != 1 or not re.fullmatch(r"[\w-]+", arguments[0]):
-        print("usage: python -m valuecot.companion.pages PROFILE", file=sys.stderr)
+    if len(arguments) not in (1, 2) or not re.fullmatch(r"[\w-]+", arguments[0]):
+        print("usage: python -m valuecot.companion.pages PROFILE [OVERRIDES]", file=sys.stderr)
         return 2
     try:
-        print(build(outputs() / arguments[0]))
-    except (FileNotFoundError, RuntimeError, ValueError) as error:
+        print(build(outputs() / arguments[0], None, *arguments[1:]))
+    except (FileNotFoundError, KeyError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

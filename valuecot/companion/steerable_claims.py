@@ -14,20 +14,22 @@ import pandas as pd
 
 from .claims import Claim, Effect, at_most, effect_of, printed_difference
 from .lineage import Made
+from .replay import replay_files
 from ..data.questions import Question
-from ..judge import faithful
+from ..judge import crossings, faithful
 from ..judge.faithfulness import Judgement
 from ..judge.methods import read_method
 from ..settings import Settings
 from ..stats import crossed
 from ..store import read_records
+from ..view.efficiency import published_curves, published_lines
 from ..view.tables import missing
 
 # %% auto #0
-__all__ = ['Runs', 'BENCHMARKS', 'ROWS', 'SLIGHT', 'T', 'MP', 'STEERABLE', 'steered', 'test_questions', 'right', 'of_arm',
-           'accuracies', 'better', 'printed_better', 'best_of_all', 'printed_best', 'in_order', 'printed_order',
-           'efficient', 'judged', 'less_faithful', 'printed_faithful', 'from_csv', 'printed_neither', 'flagged',
-           'slightly_more_offence', 'printed_offence']
+__all__ = ['Runs', 'BENCHMARKS', 'ROWS', 'LOOKS', 'SLIGHT', 'T', 'MP', 'STEERABLE', 'steered', 'test_questions', 'right',
+           'of_arm', 'accuracies', 'better', 'printed_better', 'best_of_all', 'printed_best', 'in_order',
+           'printed_order', 'held_from', 'below', 'efficient', 'printed_efficient', 'judged', 'less_faithful',
+           'printed_faithful', 'from_csv', 'printed_neither', 'flagged', 'slightly_more_offence', 'printed_offence']
 
 # %% ../../nbs/companion/74_steerable_claims.ipynb #be9cef3e
 Runs = Mapping[str, Made]
@@ -130,23 +132,55 @@ def printed_order(settings: Settings) -> list[Effect]:
         found += [min((e for e in steps if e.scope == scope), key=lambda e: e.value) for scope in dict.fromkeys(e.scope for e in steps)]
     return found
 
-# %% ../../nbs/companion/74_steerable_claims.ipynb #4a563686
+# %% ../../nbs/companion/74_steerable_claims.ipynb #5da48480
+def held_from(curve: pd.DataFrame, line: float, rows: int) -> tuple[float, float, float]:  # percent; 100 where it is not held to the end
+    "From where a curve stays at a line, for the line as it is and for one lower and one higher by its own sampling error and the curve's."
+    shift = 1.96 * math.sqrt(2 * line * (1 - line) / rows)
+    found = [crossings(curve["percent"].tolist(), curve["accuracy"].tolist(), x).sustained for x in (line, line - shift, line + shift)]
+    return tuple(100.0 if x is None else x for x in found)
+
+
+def below(bound: float, curve: pd.DataFrame, lines: Mapping[str, float], rows: int, scope: str, seeds: int, runs: Sequence[str] = ()) -> list[Effect]:  # lines: arm -> accuracy
+    "How far below `bound` percent of its training a curve is at each line for good."
+    found = []
+    for arm, line in lines.items():
+        at, early, late = held_from(curve, line, rows)
+        note = "not held to the end" if at == 100.0 else f"held from {at:.1f} % on"
+        found.append(Effect(f"{scope}, against {arm}", bound - at, bound - late, bound - early, "percent of the training", f"{len(curve)} looks at {rows} validation rows", "validation rows", seeds=seeds, runs=tuple(runs), note=note))
+    return found
+
+
 def efficient(dataset: str, bound: float) -> Callable[[Runs, Settings], list[Effect]]:
-    "How far below `bound` percent of its updates RLVR reaches SFT's accuracy and stays there."
+    "The same for our own RLVR, against SFT."
     def from_report(runs: Runs, settings: Settings) -> list[Effect]:
-        found = []
+        found, panel = [], dataset.replace("_", " ")
         for made in steered(runs, "report"):
-            if not (made.folder / "crossings.csv").exists():
+            if not all((made.folder / f"{name}.csv").exists() for name in ("efficiency_points", "crossings", "looks")):
                 continue
-            table = pd.read_csv(made.folder / "crossings.csv")
-            own = table[(table["panel"] == dataset.replace("_", " ")) & (table["line of"] == "sft") & (table["arm"] == "rlvr")]
-            for row in own.to_dict("records"):
-                share = row["sustained (%)"]
-                value = bound - share if not missing(share) else -math.inf
-                found.append(Effect(f"{BENCHMARKS[dataset]}, {row['model']}", value if math.isfinite(value) else bound - 100.0, math.nan, math.nan, "percent of the updates", "one mean curve", "nothing", seeds=0, runs=(made.name,), note="SFT's accuracy is never held to the end" if missing(share) else f"held from {share:.0f} % of the updates on"))
+            points, crossed_, looks = (pd.read_csv(made.folder / f"{name}.csv") for name in ("efficiency_points", "crossings", "looks"))
+            for model, own in points[(points["panel"] == panel) & (points["arm"] == "rlvr")].groupby("model"):
+                lines = crossed_[(crossed_["panel"] == panel) & (crossed_["model"] == model) & (crossed_["arm"] == "rlvr") & (crossed_["line of"] == "sft")]
+                seen = looks[(looks["model"] == model) & (looks["benchmark"] == dataset) & (looks["arm"] == "rlvr")]
+                if len(lines) and len(seen):
+                    found += below(bound, own, {"sft": float(lines["line"].iloc[0])}, int(seen["n"].max()), f"{BENCHMARKS[dataset]}, {model}", seen["seed"].nunique(), (made.name,))
         return found
 
     return from_report
+
+
+LOOKS = 2048  # validation rows behind each point of the authors' curves, whose values are multiples of 1 / 2048
+
+
+def printed_efficient(panel: str, bound: float) -> Callable[[Settings], list[Effect]]:
+    "The authors' own curves against the lines of Figure 2, where [replay] names the file."
+    def from_curves(settings: Settings) -> list[Effect]:
+        path = replay_files(settings)["curves"]
+        if path is None:
+            return []
+        curves, lines = published_curves(path), published_lines(settings["published.other"])
+        return below(bound, curves[curves["panel"] == panel], dict(lines.loc[lines["panel"] == panel, ["arm", "accuracy"]].itertuples(index=False)), LOOKS, f"{panel}, llama3-8b", 0)
+
+    return from_curves
 
 # %% ../../nbs/companion/74_steerable_claims.ipynb #aac845f2
 def judged(runs: Runs, dataset: str) -> tuple[dict[tuple, dict[str, bool]], dict[str, str], list[str]]:  # (judge, model, arm, seed) -> row -> faithful; row -> scenario; runs
@@ -265,8 +299,8 @@ STEERABLE: tuple[Claim, ...] = (
     Claim("S5", "accuracy", "The order is RLVR, human-written, SFT, synthetic, everywhere.", "the same accuracy ordering", "section 4", "smallest step of the order", T, 0.5, "all four arms", in_order, printed_order),
     Claim("S6", "accuracy", "A small model after RLVR is more accurate than GPT-4.1 asked without training.", "as well as GPT-4.1", "Tables 1 and 2", "accuracy(RLVR) − accuracy(GPT-4.1)", T, 1.0, "GPT-4.1's answers (steerable.prompted.models=gpt-4.1, OPENAI_API_KEY)", lambda runs, settings: [], printed_better("rlvr", "gpt-4.1-zero-shot-cot"), (), 1),
     Claim("S7", "accuracy", "RLVR is 18 points better than Modular Pluralism.", "improves over Modular Pluralism", "section 4", "accuracy(RLVR) − accuracy(Modular Pluralism), same base model", T, 1.0, MP, lambda runs, settings: [], printed_better("rlvr", "llama3-8b-mp", ("value_kaleidoscope",), ("llama3-8b",))),
-    Claim("S8", "efficiency", "On Value Kaleidoscope RLVR needs 10 to 20 % of the training rows to match other fine-tuning.", "only requires 10-20% of training samples", "section 4, Figure 2", "20 less the percent of updates from which it stays at SFT's validation accuracy", "threshold 20 % chosen by the paper", 0.0, "the report of arms rlvr and sft", efficient("value_kaleidoscope", 20.0), (lambda settings: []), ("sft-10", "sft-30")),
-    Claim("S9", "efficiency", "On OpinionQA RLVR needs 25 to 30 %.", "25-30% on OpinionQA", "section 4, Figure 2", "30 less the percent of updates from which it stays at SFT's validation accuracy", "threshold 30 % chosen by the paper", 0.0, "the report of arms rlvr and sft", efficient("opinionqa", 30.0), (lambda settings: []), ("sft-10", "sft-30")),
+    Claim("S8", "efficiency", "On Value Kaleidoscope RLVR needs 10 to 20 % of the training rows to match other fine-tuning.", "only requires 10-20% of training samples", "section 4, Figure 2", "20 less the percent of RLVR's training from which it stays at the other's validation accuracy", "the paper's own 20 %, with the sampling error of both accuracies", 0.0, "the report of arms rlvr and sft", efficient("value_kaleidoscope", 20.0), printed_efficient("Value Kaleidoscope", 20.0), ("sft-10", "sft-30")),
+    Claim("S9", "efficiency", "On OpinionQA RLVR needs 25 to 30 %.", "25-30% on OpinionQA", "section 4, Figure 2", "30 less the percent of RLVR's training from which it stays at the other's validation accuracy", "the paper's own 30 %, with the sampling error of both accuracies", 0.0, "the report of arms rlvr and sft", efficient("opinionqa", 30.0), printed_efficient("OpinionQA", 30.0), ("sft-10", "sft-30")),
     Claim("S10", "traces", "RLVR's traces are less faithful than those of other methods.", "one of the lowest levels of CoT faithfulness", "section 4, Table 3", "share of faithful traces, other − RLVR", T, 2.0, "judges of arms rlvr and others", less_faithful, printed_faithful),
     Claim("S11", "traces", "Unfaithful traces end in neither far more often than the right answers do.", "in contrast to just 15.9%", "section 4", "share of neither among unfaithful answers less its share in gold", "bootstrap interval over scenarios", 5.0, "judges of arm rlvr on Value Kaleidoscope", from_csv("faithfulness", "enrichment.csv", "above_gold", "rlvr", "points", 100.0), printed_neither),
     Claim("S12", "traces", "They are less faithful because they weigh several views.", "encourages the model to consider pluralistic viewpoints", "section 4", "hedge phrases per 100 words, unfaithful − faithful traces", "bootstrap interval over scenarios", 0.1, "judges of arm rlvr", from_csv("faithfulness", "hedges.csv", "difference", "rlvr", "phrases per 100 words"), (lambda settings: [])),

@@ -349,7 +349,9 @@ def companion_stale(plans: list[Plan]) -> bool:
 def companion_key(plans: list[Plan]) -> str:
     "Hash of everything that the companion shows and is made by."
     code = {n: bare(text) for n, text in reached("import valuecot.companion.pages").items()}
-    return digest([{job.path: plan.key(job) for plan in plans for job in plan.jobs()}, code, hash_folder(root() / "docs")])
+    shown = [hash_folder(root() / name) for name in ("docs", "nbs")]  # pages hold the notebooks' prose, and every module
+    said = [plan.settings.only(["companion", "replay"]).values() for plan in plans]
+    return digest([{job.path: plan.key(job) for plan in plans for job in plan.jobs()}, code, shown, said])
 
 # %% ../../nbs/flow/12_plan.ipynb #d5b22688
 if __name__ == "__main__":  # `python -m valuecot.flow.plan PROFILE STUDIES [OVERRIDES]`: the companion was just built
