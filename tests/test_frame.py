@@ -276,7 +276,7 @@ def test_an_imported_module_counts_and_the_view_does_not(copy):
     before = {j: plan.key(j) for j in plan.jobs()}
     with open(copy / "valuecot/view/curves.py", "a") as file:
         file.write("\nNEW = 1\n")
-    assert changed_stages(before) == {"arms", "audit", "carriers", "conduct", "release", "report"}, "pages, and what is made from one"
+    assert changed_stages(before) == {"arms", "audit", "carriers", "conduct", "own_model", "release", "report"}, "pages, and what is made from one"
     with open(copy / "valuecot/training/sampling.py", "a") as file:
         file.write("\nNEW = 1\n")
     assert {"samples", "base_model", "grpo"} <= changed_stages(before) and "prompts" not in changed_stages(before)

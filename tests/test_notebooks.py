@@ -64,7 +64,7 @@ def test_a_stage_has_one_parameters_cell_and_declares_itself(path):
     stage = declaration(path)
     assert stage is not None
     parameters = {n.target.id for n in ast.parse(source(tagged[0])).body if isinstance(n, ast.AnnAssign)}
-    assert parameters == {"profile", "out", "overrides", *stage.levels, *(["study"] if path.parent.name == "stages" else [])}
+    assert parameters == {"profile", "out", "overrides", *stage.levels, *stage.by_hand, *(["study"] if path.parent.name == "stages" else [])}
 
 
 @pytest.mark.parametrize("path", STAGES, ids=name)

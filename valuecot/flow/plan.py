@@ -36,6 +36,7 @@ class Stage:
     like: str = ""  # arm whose start a stage takes that has no arms
     when: str = ""  # a list among the settings, as section.key: where it is empty there is no such stage
     report: bool = False  # collects everything: its folder has no levels, and figures are its product
+    by_hand: tuple[str, ...] = ()  # further parameters of a run by hand, which become overrides
     notebook: Path = Path()  # filled in by `stages`
 
 # %% ../../nbs/flow/12_plan.ipynb #cea39513

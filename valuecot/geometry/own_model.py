@@ -36,8 +36,8 @@ __all__ = ['stage', 'AGREES', 'own_rows', 'first_product', 'spectrum_rows', 'mea
            'attribution_of', 'share_rows', 'shown_tokens', 'shown_numbers', 'shown_checks', 'planned', 'save_numbers',
            'own_figures', 'run_own_model']
 
-# %% ../../nbs/geometry/80_own_model.ipynb #1bb282d9
-stage = Stage("own_model", reads=("own_model",), inputs=("prompts?own_model.from_study", "traces?own_model.from_study", "base_model:own_model.fallback"), report=True)
+# %% ../../nbs/geometry/80_own_model.ipynb #d1a25402
+stage = Stage("own_model", reads=("own_model",), inputs=("prompts?own_model.from_study", "traces?own_model.from_study", "base_model:own_model.fallback"), report=True, by_hand=("model", "chats"))
 
 # %% ../../nbs/geometry/80_own_model.ipynb #1c0a451e
 def own_rows(run: Run, settings: OwnModel, tokenizer, longest: int) -> Rows:

@@ -75,7 +75,7 @@ def runs(
         parts += [marked_run(alike[i : i + step], level) for i in range(0, len(alike), step)]
     return "".join(parts)
 
-# %% ../../nbs/view/84_tokens.ipynb #e209919a
+# %% ../../nbs/view/84_tokens.ipynb #efb47e5f
 def legend(unit: str, scale: float, tokens: Sequence[tuple[str, float | None]]) -> str:  # escaped HTML
     "What the shades mean, in numbers."
     scored = [share for _, share in tokens if not missing(share)]
@@ -84,7 +84,7 @@ def legend(unit: str, scale: float, tokens: Sequence[tuple[str, float | None]]) 
     if not scale:
         return told + "Every share is 0, so nothing is shaded."
     levels = [level for level in (-4, -3, -2, -1, 1, 2, 3, 4) if level > 0 or min(scored, default=0) < 0]
-    sides = "≤ −", "≥ "
+    sides = "≤\u00a0−", "≥\u00a0"  # no break within
     marks = " ".join(f'<span style="{shade_style(level)}">{sides[level > 0]}{number(STEPS[abs(level) - 1] * scale, 2)}</span>' for level in levels)
     kinds = "solid line: adds" + ("; dotted line: takes away" if levels[0] < 0 else "")
     return f"{told}Shades: {marks}; {kinds}; unmarked: smaller"
