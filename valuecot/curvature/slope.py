@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .plane import quadratic
+from .plane import axis, quadratic
 from ..types import Landscape, Shown
 
 # %% auto #0
@@ -39,8 +39,9 @@ class Edge(Shown):
 
 def line_ends(land: Landscape) -> tuple[float, float, float]:  # radius, rise at +r and -r
     "The two ends of the line along the first direction."
-    middle = int(land.betas.abs().argmin())
-    if float(land.betas[middle]) != 0 or not math.isclose(float(land.alphas[0]), -float(land.alphas[-1]), rel_tol=1e-9):
+    betas = axis(land.betas)
+    middle = int(betas.abs().argmin())
+    if float(betas[middle]) != 0 or not math.isclose(float(land.alphas[0]), -float(land.alphas[-1]), rel_tol=1e-9):
         raise ValueError(f"the grid has no line through theta from -r to r: betas are {land.betas.tolist()}, alphas from {float(land.alphas[0]):.6g} to {float(land.alphas[-1]):.6g}; take torch.linspace(-r, r, points) with an odd number")
     ends = land.loss[[-1, 0], middle].double() - land.center
     return float(land.alphas[-1]), *(float(x) if math.isfinite(x) else math.nan for x in ends)
