@@ -137,7 +137,8 @@ def test_entropy_against_closed_forms_and_torch():
 @pytest.fixture(scope="module", params=["llama", "qwen"])
 def policy(request):
     torch.manual_seed(0)
-    tokenizer = train_tokenizer([PHASED, "Answer: A", "May I go home by noon?"] * 6, 400, empty_think=request.param == "qwen")
+    tokenizer = train_tokenizer([PHASED, "Answer: A", "May I go home by noon?", "\n\n"] * 6, 400, empty_think=request.param == "qwen")  # two line ends in a row are one token, as they are to real tokenizers
+    assert len(tokenizer("a\n\nb", add_special_tokens=False)["input_ids"]) == 3
     model = scratch_model(load("test")[f"model.{request.param}"], tokenizer).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -215,7 +216,7 @@ def test_a_text_is_laid_out_as_training_encodes_it(policy):
     parts = phase_parts("annealing", PHASED)
     assert sorted(i for p in parts for i in laid.within(p.start, p.end)) == laid.reasoning(headers("annealing", PHASED)), "every token outside headers has one phase"
     closed = lay_out(tokenizer, prompt.text, "", trace.response)
-    assert tokenizer.decode(closed.ids).endswith("<think>\n\n</think>\n\nGo by noon.") and closed.reasoning() == []
+    assert tokenizer.decode(closed.ids).endswith("<think>\n</think>\n\nGo by noon.") and closed.reasoning() == []
     with pytest.raises(ValueError, match="blank"):
         lay_out(tokenizer, "May I?", PHASED, "\n")
 
