@@ -137,7 +137,8 @@ def test_entropy_against_closed_forms_and_torch():
 @pytest.fixture(scope="module", params=["llama", "qwen"])
 def policy(request):
     torch.manual_seed(0)
-    tokenizer = train_tokenizer([PHASED, "Answer: A", "May I go home by noon?"] * 6, 400, empty_think=request.param == "qwen")
+    tokenizer = train_tokenizer([PHASED, "Answer: A", "May I go home by noon?", "\n\n"] * 6, 400, empty_think=request.param == "qwen")  # two line ends in a row are one token, as they are to real tokenizers
+    assert len(tokenizer("a\n\nb", add_special_tokens=False)["input_ids"]) == 3
     model = scratch_model(load("test")[f"model.{request.param}"], tokenizer).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -215,7 +216,7 @@ def test_a_text_is_laid_out_as_training_encodes_it(policy):
     parts = phase_parts("annealing", PHASED)
     assert sorted(i for p in parts for i in laid.within(p.start, p.end)) == laid.reasoning(headers("annealing", PHASED)), "every token outside headers has one phase"
     closed = lay_out(tokenizer, prompt.text, "", trace.response)
-    assert tokenizer.decode(closed.ids).endswith("<think>\n\n</think>\n\nGo by noon.") and closed.reasoning() == []
+    assert tokenizer.decode(closed.ids).endswith("<think>\n</think>\n\nGo by noon.") and closed.reasoning() == []
     with pytest.raises(ValueError, match="blank"):
         lay_out(tokenizer, "May I?", PHASED, "\n")
 
@@ -252,21 +253,24 @@ def test_the_whole_text_is_the_last_cut(policy):
     assert not any(r["phased"] for r in measured(model, tokenizer, texts[:1], "standard", 8)), "a standard text has thirds alone"
 
 
-def test_a_policy_that_cools_is_seen_to_cool(policy):
-    "Sharpen the logits as the text goes on: the slope must fall below that of the policy itself."
-    model, tokenizer = policy
+@pytest.mark.parametrize(("first", "last"), [(0.1, 6), (6, 0.1), (1, 1)])
+def test_a_policy_that_cools_is_seen_to_cool(policy, first, last):
+    "Logits sharpen with the place in the text, soften, or stay: the slope must say so."
+    _, tokenizer = policy
+    table = torch.randn(len(tokenizer), len(tokenizer), generator=torch.Generator().manual_seed(0))
 
-    class Cooling(torch.nn.Module):
-        device = model.device
+    def planted(input_ids, **more):
+        return SimpleNamespace(logits=table[input_ids] * torch.linspace(first, last, 120)[: input_ids.shape[1], None])
 
-        def forward(self, input_ids, **more):
-            logits = model(input_ids=input_ids, **more).logits
-            return SimpleNamespace(logits=logits * torch.linspace(0.1, 12, logits.shape[1])[None, :, None])
-
-    text = [Text(p, "target", PHASED, "Go by noon.") for p in prompts_of(4)]
-    plain, cooled = (measured(m, tokenizer, text, "annealing", 8) for m in (model, Cooling()))
-    assert all(c["slope"] < 0 and c["slope"] < p["slope"] for p, c in zip(plain, cooled, strict=True))
-    assert all(c["parts"][0]["entropy"] > c["parts"][2]["entropy"] for c in cooled)
+    planted.device = torch.device("cpu")
+    texts = [Text(p, "target", PHASED, "Go by noon.") for p in prompts_of(4)]
+    assert max(len(lay_out(tokenizer, t.prompt.text, t.reasoning, t.response).ids) for t in texts) <= 120
+    for row in measured(planted, tokenizer, texts, "annealing", 8):
+        explore, _, converge = (p["entropy"] for p in row["parts"] if p["kind"] == "phase")
+        if first == last:
+            assert abs(row["slope"]) < 0.5
+        else:
+            assert (row["slope"] < -0.5) == (explore > converge) == (last > first)
 
 
 def test_a_cut_that_changes_nothing_leaves_the_same_choice(policy):

@@ -84,7 +84,7 @@ def lay_out(tokenizer, prompt: str, reasoning: str, response: str) -> Laid:
     if not response.strip():
         raise ValueError(f"the response is blank: there is nothing to force after the reasoning {reasoning[:40]!r}")
     before = render(tokenizer, prompt, True) + ("" if opens_thinking(tokenizer, True) else "<think>\n")
-    middle = f"{before}{reasoning}\n</think>\n\n"
+    middle = before + (f"{reasoning}\n" if reasoning else "") + "</think>\n\n"
     read = tokenizer(middle + response.strip(), add_special_tokens=False, return_offsets_mapping=True)  # the template wrote BOS
     asked = tokenizer(before, add_special_tokens=False)["input_ids"]
     if read["input_ids"][: len(asked)] != asked:
