@@ -180,6 +180,7 @@ class Browser:
 
     def dress(self, mode: str):
         "Light or dark, as the theme's own button sets it."
+        self.js("document.head.append(Object.assign(document.createElement('style'), {textContent: '* { transition: none !important; animation: none !important; }'}))")  # a fading colour has no contrast
         self.js(f"document.documentElement.dataset.mode = document.documentElement.dataset.theme = '{mode}'")
         self.settle(0.4)
 

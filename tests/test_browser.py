@@ -60,7 +60,7 @@ def test_no_planted_text_runs_loads_or_includes(planted, browser):
         for entry in range(browser.js("document.querySelectorAll('.vc-browser').length")):
             for _ in range(6):
                 browser.js(f"document.querySelectorAll('.vc-browser')[{entry}].querySelector('.vc-on').click()")
-        browser.js("document.querySelectorAll('article a').forEach(a => { if (!/^(file|https?|mailto):/.test(a.protocol ?? 'svg:') || a.namespaceURI.endsWith('svg')) a.dispatchEvent(new MouseEvent('click', {bubbles: true})); })")
+        browser.js("document.querySelectorAll('article a').forEach(a => { const to = a.href?.baseVal ?? a.href; if (!/^(file|https?|mailto):/.test(new URL(to || 'x:', location).protocol)) a.dispatchEvent(new MouseEvent('click', {bubbles: true})); })")
         browser.js("document.querySelectorAll('.js-plotly-plot').forEach(p => { p.querySelectorAll('.point, .annotation, .legendtoggle').forEach(e => ['mouseover', 'mousemove', 'click'].forEach(k => e.dispatchEvent(new MouseEvent(k, {bubbles: true})))); })")
         browser.settle()
         name = page.relative_to(planted).as_posix()
@@ -143,7 +143,7 @@ def chosen(site: Path) -> list[Path]:
             sorts[(*parts[:3], "index")] = page
     keep = ("index.html", "references.html", "search.html", "genindex.html", "report.html")
     some = {("runs", "geometry", stage) for stage in ("audit", "arms", "spectrum", "grpo")} | {("runs", "steerable", stage) for stage in ("faithfulness", "prompts")}
-    return [page for sort, page in sorts.items() if page.relative_to(site).as_posix() in keep or page.name == "report.html" or sort[:3] in some]
+    return [page for sort, page in {page: (sort, page) for sort, page in sorts.items()}.values() if page.relative_to(site).as_posix() in keep or page.name == "report.html" or sort[:3] in some]
 
 
 def test_pages_load_nothing_from_elsewhere_and_raise_no_error(site, browser):
