@@ -42,9 +42,9 @@ def user_name() -> str:  # "" where the system knows none
 
 
 @cache
-def own_words() -> tuple[re.Pattern[bytes], tuple[bytes, ...]]:  # a pattern, and what its matches hold
-    "This machine's folders, and its names where they are no common words."
-    places = {str(p).rstrip("/") for p in (root(), outputs().resolve(), Path.home(), sys.prefix, tempfile.gettempdir())}
+def own_words(code: bool = False) -> tuple[re.Pattern[bytes], tuple[bytes, ...]]:  # a pattern, and what its matches hold
+    "This machine's folders, and its names where they are no common words; code of ours may name folders that every machine has."
+    places = {str(p).rstrip("/") for p in (root(), outputs().resolve(), sys.prefix, *(() if code else (Path.home(), tempfile.gettempdir())))}
     host = socket.gethostname()
     names = {name for name in (user_name(), host if re.search(r"[\d.-]", host) else "") if len(name) > 3 and name.lower() not in COMMON}
     folders = sorted((p for p in places if p.count("/") > 1 or p in ("/root", "/tmp")), key=len, reverse=True)
@@ -52,9 +52,9 @@ def own_words() -> tuple[re.Pattern[bytes], tuple[bytes, ...]]:  # a pattern, an
     return re.compile("|".join(either).encode()), tuple(word.encode() for word in [*folders, *names])
 
 
-def spotted(layer: bytes, library: bool) -> Iterator[tuple[str, re.Match[bytes]]]:  # library: somebody else's code
+def spotted(layer: bytes, code: bool) -> Iterator[tuple[str, re.Match[bytes]]]:  # code: of a library, or ours
     "What gives a machine or a person away."
-    kinds = {"a key": (KEYS, SPELT[KEYS]), "a word of this machine": own_words()} | ({} if library else {"somebody's home": (HOMES, SPELT[HOMES])})
+    kinds = {"a key": (KEYS, SPELT[KEYS]), "a word of this machine": own_words(code)} | ({} if code else {"somebody's home": (HOMES, SPELT[HOMES])})
     for kind, (pattern, spelt) in kinds.items():
         if any(word in layer for word in spelt) and (seen := pattern.search(layer)):
             yield kind, seen
@@ -131,9 +131,9 @@ def check_file(
 ) -> list[str]:
     "What is wrong with one file."
     last, found = name.rsplit("/", 1)[-1], []
-    library = name.startswith("_static/") and last.endswith((".js", ".css"))
+    code = (name.startswith("_static/") and last.endswith((".js", ".css"))) or name.startswith(("concepts/", "reference/"))
     for layer in layers(last, data):
-        found += [f"error: {name} holds {kind} ({told(seen)})" for kind, seen in spotted(layer, library)]
+        found += [f"error: {name} holds {kind} ({told(seen)})" for kind, seen in spotted(layer, code)]
     if last.endswith(LOADABLE):
         found.append(f"error: {name} is a pickle, which runs code where it is opened")
     if last.endswith(".html"):

@@ -16,7 +16,8 @@ from .claims import Claim, Effect, Verdict, verdicts
 from .geometry_claims import GEOMETRY, sharper
 from .lineage import Made, stale_among
 from .steerable_claims import BENCHMARKS, STEERABLE, accuracies
-from ..settings import Settings, notes
+from .safe import scrub
+from ..settings import Settings, notes, root
 from ..types import Shown, short
 from ..view.tables import MISSING, to_the_error
 
@@ -53,7 +54,7 @@ def read(measure: Callable, runs: Mapping[str, Made], settings: Settings) -> tup
     try:
         return measure(runs, settings), ""
     except (OSError, KeyError, ValueError, TypeError) as error:
-        return [], f"a run that it needs cannot be read ({type(error).__name__}: {short(error, 160)})"
+        return [], f"a run that it needs cannot be read ({type(error).__name__}: {short(scrub(str(error), str(root())), 160)})"
 
 
 def ledger(runs: Mapping[str, Made], settings: Settings, claims: Sequence[Claim] = CLAIMS) -> list[Line]:
