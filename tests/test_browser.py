@@ -30,7 +30,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    return pages.build(planted_profile(tmp_path_factory.mktemp("planted"))).parent
+    return pages.build(planted_profile(tmp_path_factory.mktemp("planted")), None, "companion.notebooks=no").parent
 
 
 # ------------------------------------------------------------------------------ the harness itself

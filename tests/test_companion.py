@@ -98,7 +98,7 @@ def fake_profile(base: Path) -> Path:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     profile = fake_profile(tmp_path_factory.mktemp("outputs"))
-    index = pages.build(profile)
+    index = pages.build(profile, None, "companion.notebooks=no")
     assert index == profile / "companion" / "index.html"
     return index.parent
 
@@ -157,7 +157,9 @@ def test_every_run_has_a_page(site):
 
 
 def test_first_lines_say_what_was_run(site):
-    body = re.sub(r"<[^>]+>", "", read(site, "index.html").rsplit("<h1>", 1)[1])[:900]
+    body = re.sub(r"<[^>]+>", "", read(site, "index.html").rsplit("<h1>", 1)[1])
+    assert body.index("Do these claims hold?") < body.index("not evidence about the papers") < body.index("What was run")
+    body = body[body.index("What was run") :][:900]
     for words in ("geometry", "tiny", "llama, qwen", "base, standard, annealing", "13 runs complete, 1 failed", "0123456789 with uncommitted changes"):
         assert words in body, words
     assert "parameters 201,344" in re.sub(r"<[^>]+>", "", read(site, "runs/geometry/grpo/index.html"))
@@ -288,7 +290,7 @@ def test_old_pages_survive_a_failing_build(site, monkeypatch):
 
     monkeypatch.setattr(pages, "run_sphinx", broken)
     with pytest.raises(RuntimeError, match="planted"):
-        pages.build(site.parent)
+        pages.build(site.parent, None, "companion.notebooks=no")
     assert read(site, "index.html") == before
     assert not [p for p in site.parent.iterdir() if p.name.startswith(".companion")]
 
@@ -311,10 +313,10 @@ def test_swap_replaces_a_folder(tmp_path):
 
 def test_missing_or_empty_profile_says_what_to_run(tmp_path, capsys, monkeypatch):
     with pytest.raises(FileNotFoundError, match="make study PROFILE=small"):
-        pages.build(tmp_path / "small")
+        pages.build(tmp_path / "small", None, "companion.notebooks=no")
     (tmp_path / "small").mkdir()
     with pytest.raises(FileNotFoundError, match="no finished run"):
-        pages.build(tmp_path / "small")
+        pages.build(tmp_path / "small", None, "companion.notebooks=no")
     monkeypatch.setattr(pages, "outputs", lambda: tmp_path)
     assert pages.main(["small"]) == 1
     assert "make study" in capsys.readouterr().err

@@ -173,7 +173,7 @@ def holding(site: Path, text: str) -> list[str]:
 
 def test_a_text_without_a_licence_is_shown_at_home_and_in_no_byte_of_an_export(tmp_path, capsys, monkeypatch):
     profile = folder_profile(tmp_path / "outputs")
-    home = pages.build(profile).parent
+    home = pages.build(profile, None, "companion.notebooks=no").parent
     assert "runs/geometry/report.html" in holding(home, PLANTED) and any(name.endswith("lambda.csv") for name in holding(home, PLANTED))
     monkeypatch.setattr(export, "outputs", lambda: tmp_path / "outputs")
     assert export.main(["tiny", str(tmp_path / "site")]) == 1 and not (tmp_path / "site").exists()

@@ -348,6 +348,7 @@ class Companion:
     "[companion]: what its pages show beyond the runs."
 
     concepts: tuple[str, ...]  # concept notebooks to execute: "all", packages, or single ones as "stats/12_means"
+    notebooks: bool  # whether concept notebooks and the reference of the package have pages
 
 
 @dataclass(frozen=True)

@@ -515,7 +515,9 @@ def write_sources(
     again = replay(settings, **replay_files(settings))
     (sources / "replay.md").write_text(replay_page(again) + "\n{download}`All rows as CSV <replay.csv>`\n")
     write_csv(again, sources / "replay.csv")
-    more = {"Evidence": ["replay", "methods"], "Notebooks and code": [*write_concepts(sources, settings["companion"].concepts)[:1], *write_reference(sources)[:1]]}
+    more = {"Evidence": ["replay", "methods"]}
+    if settings["companion"].notebooks:
+        more["Notebooks and code"] = [write_concepts(sources, settings["companion"].concepts)[0], write_reference(sources)[0]]
     (sources / "index.md").write_text(index_page(profile, pages, lines, more))
 
 # %% ../../nbs/companion/90_pages.ipynb #5aa498e6
@@ -579,7 +581,7 @@ def build(
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         write_sources(profile, pages, scratch / "sources", settings, lines)
-        options = ["-D", f"html_theme_options.announcement={notice(profile)}", "-D", f"html_title=valuecot companion · {profile}"]
+        options = ["-j", "2", "-D", f"html_theme_options.announcement={notice(profile)}", "-D", f"html_title=valuecot companion · {profile}"]
         run_sphinx(scratch / "sources", scratch / "site", options)
         check(scratch / "site")
         swap(scratch / "site", out)
