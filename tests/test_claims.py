@@ -69,7 +69,7 @@ def test_holm_is_over_the_family_and_over_nothing_else():
 def test_trainings_that_are_too_few_neither_decide_nor_cost_others():
     single = replace(CLEAR, seeds=1, pvalue=1e-9)
     first, second = verdicts([claim(), claim()], [[single], [replace(CLEAR, pvalue=0.04)]], "runs")
-    assert first.word == "undecided" and "1 training" in first.why
+    assert first.word == "undecided" and "1 training of each arm, 2 needed" in first.why
     assert second.word == "supported"  # a p that counts for nothing is no part of the family
 
 

@@ -210,6 +210,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'valuecot/companion/ledger.py'),
                                            'valuecot.companion.ledger.ledger_table': ( 'companion/ledger.html#ledger_table',
                                                                                        'valuecot/companion/ledger.py'),
+                                           'valuecot.companion.ledger.margin_of': ( 'companion/ledger.html#margin_of',
+                                                                                    'valuecot/companion/ledger.py'),
                                            'valuecot.companion.ledger.read': ('companion/ledger.html#read', 'valuecot/companion/ledger.py'),
                                            'valuecot.companion.ledger.shortest': ( 'companion/ledger.html#shortest',
                                                                                    'valuecot/companion/ledger.py'),

@@ -112,7 +112,7 @@ def reason(claim: Claim, found: Word, effects: Sequence[Effect]) -> str:
         return f"needs {claim.needs}"
     few = [e for e in effects if 0 < e.seeds < claim.trainings]
     if found == "undecided" and few:
-        return f"{few[0].seeds} training of each arm: how another one would come out is not known"
+        return f"{few[0].seeds} training{'s' * (few[0].seeds > 1)} of each arm, {claim.trainings} needed"
     return "the interval holds both no effect and one that counts" if found == "undecided" else ""
 
 

@@ -23,7 +23,7 @@ from ..view.tables import MISSING, to_the_error
 
 # %% auto #0
 __all__ = ['CLAIMS', 'SIGNS', 'BADGES', 'Line', 'Control', 'read', 'ledger', 'controls', 'told', 'shortest', 'ledger_table',
-           'counts', 'badge', 'bar', 'verdict_table', 'effect_rows', 'control_rows', 'claim_section']
+           'counts', 'badge', 'bar', 'verdict_table', 'effect_rows', 'control_rows', 'margin_of', 'claim_section']
 
 # %% ../../nbs/companion/76_ledger.ipynb #3496eb3b
 CLAIMS: tuple[Claim, ...] = (*GEOMETRY, *STEERABLE)
@@ -142,8 +142,8 @@ def verdict_table(lines: Sequence[Line], href: str = "claims.html") -> str:  # H
         c, v = line.claim, line.runs
         effects = "<br>".join(f"{html.escape(e.scope)}: {html.escape(told(e))}" for e in v.effects) or html.escape(v.why or MISSING)
         effects += f'<br><small>{html.escape(v.why)}</small>' if v.effects and v.why else ""
-        rows.append(f'<tr><th scope="row"><a href="{href}#{c.id.lower()}">{c.id}</a></th><td>{html.escape(c.says)}</td><td>{badge(line.paper)}</td><td>{badge(v)}</td><td>{effects}</td></tr>')
-    head = "".join(f'<th scope="col">{h}</th>' for h in ("claim", "what is claimed", "paper’s own numbers", "these runs", "measured here (95 % interval)"))
+        rows.append(f'<tr><th scope="row"><a href="{href}#{c.id.lower()}">{c.id}</a> {html.escape(c.says)}</th><td>{badge(line.paper)}</td><td>{badge(v)}</td><td>{effects}</td></tr>')
+    head = "".join(f'<th scope="col">{h}</th>' for h in ("what is claimed", "paper’s own numbers", "these runs", "measured here (95 % interval)"))
     return f'<table class="vc-table vc-ledger"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
 
 # %% ../../nbs/companion/76_ledger.ipynb #94fa4f49
@@ -166,11 +166,16 @@ def control_rows(found: Sequence[Control]) -> str:  # HTML
     return f'<table class="vc-table"><thead><tr><th scope="col">control</th><th scope="col">asks</th><th scope="col">shows</th></tr></thead><tbody>{rows}</tbody></table>'
 
 
+def margin_of(c: Claim) -> str:
+    "The smallest effect that counts; of a logarithm, as a ratio."
+    return f"× {math.exp(c.margin):.2f}" if c.statistic.startswith("log") else f"{c.margin:g}"
+
+
 def claim_section(line: Line, link) -> str:  # Markdown with raw HTML
     "One claim with all that led to its verdicts."
     c = line.claim
     raw = [f'<p>{badge(line.paper)} by the paper’s own numbers · {badge(line.runs)} by these runs</p>', f'<blockquote>“{html.escape(c.quote)}” <cite>({html.escape(c.where)})</cite></blockquote>']
-    facts = {"decided by": c.statistic, "test": c.test, "margin": f"{c.margin:.3g}: a smaller effect would not count", "needs": c.needs}
+    facts = {"decided by": c.statistic, "test": c.test, "margin": f"{margin_of(c)}: a smaller effect would not count", "needs": c.needs}
     raw.append("<dl>" + "".join(f"<dt>{k}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items()) + "</dl>")
     for v, title in ((line.paper, "From the paper’s tables"), (line.runs, "From the runs of this profile")):
         if v.effects:
