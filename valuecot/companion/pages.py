@@ -244,7 +244,7 @@ def results_first(
     cells: list,  # as shown
 ) -> list:
     "Introduction, results, then how they were made."
-    run = next((i for i, c in enumerate(cells) if c.cell_type == "markdown" and c.source.startswith("## Run")), None)
+    run = next((i for i, c in enumerate(cells) if c.cell_type == "markdown" and c.source.split("\n")[0].strip() == "## Run"), None)
     if run is None:
         return cells
     opening = next((i for i, c in enumerate(cells) if c.cell_type == "code" or c.source.startswith("## ")), run)
