@@ -19,7 +19,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL = help
-.PHONY: help env study plan dry test prove peers bench publish companion site lab export clean-outputs
+.PHONY: help env study plan dry test prove peers bench publish companion site keep lab export clean-outputs
 
 help:      ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -75,6 +75,9 @@ companion: env ## build the pages again from what was run; CONCEPTS=all, package
 
 site: env ## build the pages of PROFILE for others to see, in the folder TO; TEXTS=no leaves out texts whose licence does not let them be passed on
 	@$(PY) -m valuecot.companion.export $(PROFILE) $(call quoted,$(TO)) $(call quoted,$(TEXTS))
+
+keep: env ## ledger, tables and cards of a profile's runs as a record for git: make keep PROFILE=tiny TO=outputs/reference/name SET="..."
+	@$(PY) -m valuecot.companion.ledger $(PROFILE) $(call quoted,$(TO)) $(call quoted,$(SET))
 
 lab: env ## JupyterLab on the notebooks
 	@$(PY) -m jupyter lab nbs

@@ -289,3 +289,21 @@ def test_the_first_page_is_the_ledger(outputs, tmp_path):
     assert "Do these claims hold?" in page and page.index("vc-ledger") < page.index("All runs")
     assert (tmp_path / "site" / "claims.html").exists() and 'id="g1"' in (tmp_path / "site" / "claims.html").read_text()
     assert list((tmp_path / "site" / "_downloads").rglob("claims.csv"))
+
+
+# ---- a record for git
+
+
+def test_what_is_kept_is_whole_and_of_one_state(place, tmp_path, capsys):
+    from valuecot.companion.ledger import keep, main
+
+    files = keep(place, tmp_path / "kept", PAPER)
+    assert {f.name for f in files} == {"claims.csv", "cards.jsonl"}
+    cards = [json.loads(line) for line in (tmp_path / "kept" / "cards.jsonl").read_text().splitlines()]
+    assert len(cards) == len(complete_runs(place)) and all("key" in card for card in cards)
+    (place / "geometry/prompts/all/all/all/value.csv").write_text("2\n")
+    with pytest.raises(ValueError, match="value.csv was edited"):
+        keep(place, tmp_path / "kept", PAPER)
+    with pytest.raises(FileNotFoundError, match="make study"):
+        keep(tmp_path / "nothing", tmp_path / "kept", PAPER)
+    assert main(["tiny"]) == 2 and "usage" in capsys.readouterr().err
