@@ -12,31 +12,26 @@ from pathlib import Path
 from statistics import fmean
 
 from .claims import Claim, Effect, effect_of, log_ratio
-from .lineage import Made
+from .lineage import Made, picked
 from ..settings import Settings
 from ..stats import crossed
 from ..store import read_json, read_records
 from ..types import Rollout, Trace
 
 # %% auto #0
-__all__ = ['Runs', 'FAMILIES', 'Value', 'LOG5', 'LOG2', 'T', 'GEOMETRY', 'picked', 'models_of', 'contents', 'by_seed', 'spectra',
+__all__ = ['Runs', 'FAMILIES', 'Value', 'LOG5', 'LOG2', 'T', 'GEOMETRY', 'models_of', 'contents', 'by_seed', 'spectra',
            'side_by_side', 'compared', 'log_lambda', 'sharper', 'printed_sharper', 'weights_part', 'at',
            'raised_by_rewards', 'minimum', 'edge', 'landscape_effects', 'cliff', 'smoother', 'same_length_asked',
            'cools', 'rate', 'fewer', 'rewards_of', 'flat_is_better', 'longer_is_not_better']
 
-# %% ../../nbs/companion/72_geometry_claims.ipynb #ab0c93a8
+# %% ../../nbs/companion/72_geometry_claims.ipynb #edb1ac7d
 Runs = Mapping[str, Made]
 FAMILIES = ("qwen", "llama")
 
 
-def picked(runs: Runs, stage: str, study: str = "geometry", **levels: str) -> list[Made]:
-    "Runs of a stage, with some levels held."
-    return [m for m in runs.values() if (m.job.study, m.job.stage) == (study, stage) and all(getattr(m.job, k) == v for k, v in levels.items())]
-
-
-def models_of(runs: Runs, stage: str, study: str = "geometry") -> list[str]:
+def models_of(runs: Runs, stage: str) -> list[str]:
     "Models that a stage ran for, the papers' first."
-    found = dict.fromkeys(m.job.model for m in picked(runs, stage, study))
+    found = dict.fromkeys(m.job.model for m in picked(runs, "geometry", stage))
     return [*(m for m in FAMILIES if m in found), *(m for m in found if m not in FAMILIES)]
 
 
@@ -45,10 +40,10 @@ def contents(file: Path) -> object:
     return read_json(file) if file.suffix == ".json" else [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def by_seed(runs: Runs, stage: str, model: str, arm: str, file: str, study: str = "geometry") -> dict[str, tuple[Made, object]]:  # seed -> run, contents
+def by_seed(runs: Runs, stage: str, model: str, arm: str, file: str) -> dict[str, tuple[Made, object]]:  # seed -> run, contents
     "One file of each training of an arm."
-    found = {m.job.seed: m for m in picked(runs, stage, study, model=model, arm=arm)}
-    return {seed: (m, contents(m.folder / file)) for seed, m in sorted(found.items()) if (m.folder / file).exists()}
+    found = {m.job.seed: m for m in picked(runs, "geometry", stage, model=model, arm=arm)}
+    return {seed: (m, contents(m.folder / file)) for seed, m in found.items() if (m.folder / file).exists()}
 
 
 def spectra(rows: Sequence[Mapping]) -> dict[int, Mapping]:  # subset -> row
@@ -59,9 +54,9 @@ def spectra(rows: Sequence[Mapping]) -> dict[int, Mapping]:  # subset -> row
 Value = Callable[[object], Mapping[object, float]]  # contents of a file -> unit -> number
 
 
-def side_by_side(runs: Runs, stage: str, file: str, model: str, arms: tuple[str, str], value: Value, study: str = "geometry") -> tuple[list[list[float]], list[str]]:  # (S, n) differences, names of the runs
+def side_by_side(runs: Runs, stage: str, file: str, model: str, arms: tuple[str, str], value: Value) -> tuple[list[list[float]], list[str]]:  # (S, n) differences, names of the runs
     "First arm minus second, for each training that both have on each unit that both have."
-    first, second = (by_seed(runs, stage, model, arm, file, study) for arm in arms)
+    first, second = (by_seed(runs, stage, model, arm, file) for arm in arms)
     table, names, seeds = [], [], [s for s in first if s in second]
     units = None
     for seed in seeds:
@@ -171,7 +166,7 @@ def landscape_effects(runs: Runs, arms: tuple[str, str], value: Callable[[Made],
     "First arm minus second, one landscape for each training."
     found = []
     for model in models_of(runs, "landscape"):
-        first, second = ({m.job.seed: m for m in picked(runs, "landscape", model=model, arm=arm)} for arm in arms)
+        first, second = ({m.job.seed: m for m in picked(runs, "geometry", "landscape", model=model, arm=arm)} for arm in arms)
         seeds = [s for s in first if s in second]
         if seeds:
             table = [[value(first[s]) - value(second[s])] for s in seeds]
@@ -192,7 +187,7 @@ def smoother(runs: Runs, settings: Settings) -> list[Effect]:
 def same_length_asked(runs: Runs, settings: Settings) -> list[Effect]:
     "How far below a tenth the mean difference in length of both reasonings of a prompt is."
     found = []
-    for made in picked(runs, "traces"):
+    for made in picked(runs, "geometry", "traces"):
         words: dict[str, dict[str, int]] = {}
         for t in read_records(made.folder / "traces.jsonl", Trace):
             words.setdefault(t.prompt_id, {})[t.style] = sum(len(p.split()) for p in t.phases)
@@ -235,9 +230,9 @@ def flat_is_better(runs: Runs, settings: Settings) -> list[Effect]:
     found = []
     for model in models_of(runs, "spectrum"):
         points = {}
-        for m in picked(runs, "spectrum", model=model):
+        for m in picked(runs, "geometry", "spectrum", model=model):
             values = log_lambda(read_json(m.folder / "spectrum.json"))
-            sampled = next((s for s in picked(runs, "samples", model=model, arm=m.job.arm) if s.job.seed == m.job.seed), None)
+            sampled = next((s for s in picked(runs, "geometry", "samples", model=model, arm=m.job.arm) if s.job.seed == m.job.seed), None)
             rewards = rewards_of(sampled) if sampled else {}
             if values and rewards:
                 points[m.name, sampled.name] = (-fmean(values.values()), fmean(rewards.values()))
@@ -255,7 +250,7 @@ def longer_is_not_better(runs: Runs, settings: Settings) -> list[Effect]:
     for model in models_of(runs, "samples"):
         for arm in ("standard", "annealing"):
             values, names = [], []
-            for m in picked(runs, "samples", model=model, arm=arm):
+            for m in picked(runs, "geometry", "samples", model=model, arm=arm):
                 rows = [(r.tokens, r.reward) for r in read_records(m.folder / "rollouts.jsonl", Rollout) if r.reward is not None]
                 rho = correlation(*zip(*rows, strict=True)) if len(rows) > 2 else None
                 if rho and math.isfinite(rho.rho):

@@ -23,12 +23,12 @@ from .safe import scrub
 from ..settings import Settings, load, notes, outputs, root
 from ..store import write_text
 from ..types import Shown, short
-from ..view.tables import MISSING, to_the_error
+from ..view.tables import MISSING, escape_markdown, missing, to_the_error
 
 # %% auto #0
 __all__ = ['CLAIMS', 'CARD', 'SIGNS', 'BADGES', 'Line', 'Control', 'read', 'ledger', 'controls', 'told', 'shortest',
-           'ledger_table', 'counts', 'keep', 'main', 'badge', 'bar', 'verdict_table', 'effect_rows', 'control_rows',
-           'margin_of', 'claim_section']
+           'ledger_table', 'counts', 'keep', 'kept', 'kept_page', 'main', 'badge', 'bar', 'verdict_table',
+           'effect_rows', 'control_rows', 'margin_of', 'claim_section']
 
 # %% ../../nbs/companion/76_ledger.ipynb #3496eb3b
 CLAIMS: tuple[Claim, ...] = (*GEOMETRY, *STEERABLE)
@@ -135,6 +135,32 @@ def keep(profile_dir: Path, folder: Path, settings: Settings) -> list[Path]:  # 
             made += [write_text(folder / f"{m.job.study}-{m.job.stage}-{p.name}", p.read_text(encoding="utf-8")) for p in small]
     cards = [{name: m.card.get(name) for name in CARD} for m in runs.values()]
     return [*made, write_text(folder / "cards.jsonl", "".join(json.dumps(card, ensure_ascii=False) + "\n" for card in cards))]
+
+
+def kept(folder: Path) -> tuple[pd.DataFrame, list[dict]]:  # ledger, cards
+    "What a folder keeps."
+    table = pd.read_csv(folder / "claims.csv", keep_default_na=False, na_values=[""])
+    lines = (folder / "cards.jsonl").read_text(encoding="utf-8").split("\n")[:-1] if (folder / "cards.jsonl").exists() else []
+    return table, [json.loads(line) for line in lines]
+
+
+def kept_page(folder: Path) -> str:  # Markdown with raw HTML
+    "A kept ledger as it was, with its date and revision."
+    table, cards = kept(folder)
+    own, rows = table[table["source"] == "runs"], []
+    for (name, says), part in own.groupby(["claim", "says"], sort=False):
+        first = part.iloc[0]
+        effects = [Effect(str(r["scope"]), r["effect"], r["low_95"], r["high_95"], str(r["unit"]), str(r["n"]), "") for r in part.to_dict("records") if not missing(r["effect"])]
+        shown = "<br>".join(f"{html.escape(e.scope)}: {html.escape(told(e))}" for e in effects) or html.escape(str(first["why"]))
+        word = str(first["verdict"])
+        rows.append(f'<tr><th scope="row"><a href="../claims.html#{html.escape(name.lower())}">{html.escape(name)}</a> {html.escape(says)}</th><td><span class="vc-verdict vc-{BADGES.get(word, "none")}"><span aria-hidden="true">{SIGNS.get(word, "–")}</span> {html.escape(word)}</span></td><td>{shown}</td></tr>')
+    said = {name: sorted({str(card.get(name)) for card in cards}) for name in ("revision", "device", "finished")}
+    asked = sorted({str((card.get("parameters") or {}).get("profile")) + " " + str((card.get("parameters") or {}).get("overrides") or "") for card in cards})
+    hours = sum(float(card.get("seconds") or 0) for card in cards) / 3600
+    about = f"{len(cards)} runs, {hours:.1f} hours of stages on {', '.join(said['device'])}, revision {', '.join(r[:10] for r in said['revision'])}, last finished {said['finished'][-1] if said['finished'] else 'unknown'}. Asked for: {'; '.join(asked)}."
+    head = "".join(f'<th scope="col">{h}</th>' for h in ("what is claimed", "verdict", "measured (95 % interval)"))
+    body = f'<p>{html.escape(about)}</p><table class="vc-table vc-ledger"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'.replace("\n", " ")
+    return f'# Kept: {escape_markdown(folder.name.replace("-", " "))}\n\nA record in `outputs/reference/`, of the revision that it names; it is not made anew with these pages.\n\n```{{raw}} html\n<div class="vc-output mathjax_ignore tex2jax_ignore">{body}</div>\n```\n'
 
 
 def main(arguments: Sequence[str]) -> int:  # exit status

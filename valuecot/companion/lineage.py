@@ -14,7 +14,8 @@ from ..flow.plan import Job, Plan, why
 from ..store import digest, hash_file, read_json, write_json
 
 # %% auto #0
-__all__ = ['Made', 'complete_runs', 'Hashes', 'edited', 'outdated', 'after_inputs', 'in_order', 'lineage', 'stale_among']
+__all__ = ['Made', 'complete_runs', 'picked', 'Hashes', 'edited', 'outdated', 'after_inputs', 'in_order', 'lineage',
+           'stale_among']
 
 # %% ../../nbs/companion/60_lineage.ipynb #9f93048e
 @dataclass(frozen=True)
@@ -50,6 +51,12 @@ def complete_runs(profile_dir: Path) -> dict[str, Made]:  # by name
         except ValueError:
             continue
     return found
+
+# %% ../../nbs/companion/60_lineage.ipynb #bdffcdd2
+def picked(runs: Mapping[str, Made], study: str, stage: str, **levels: str) -> list[Made]:
+    "Runs of a stage, with some levels held, by seed."
+    found = [m for m in runs.values() if (m.job.study, m.job.stage) == (study, stage) and all(getattr(m.job, k) == v for k, v in levels.items())]
+    return sorted(found, key=lambda m: m.job.seed)
 
 # %% ../../nbs/companion/60_lineage.ipynb #7f75aa2a
 class Hashes:

@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'SINGLE', 'STUDY_TITLES', 'RULE', 'stage_title', 'stage_ord
            'Links', 'linked', 'card_value', 'run_card', 'results_first', 'page_notebook', 'write_page', 'notice',
            'listed', 'counted', 'levels_of', 'what_was_run', 'stage_table', 'teasers', 'stage_docname', 'raw_html',
            'verdict_counts', 'first_words', 'index_page', 'claims_page', 'stage_page', 'add_libraries',
-           'write_table_of', 'write_sources', 'run_sphinx', 'swap', 'check', 'build', 'main']
+           'write_table_of', 'write_kept', 'write_sources', 'run_sphinx', 'swap', 'check', 'build', 'main']
 
 # %% ../../nbs/companion/90_pages.ipynb #2fd77625
 import contextlib
@@ -32,12 +32,13 @@ from nbformat.v4 import new_markdown_cell
 
 from .checks import check_site
 from .concepts import write_concepts
-from .ledger import Line, claim_section, counts, ledger, ledger_table, verdict_table
+from .ledger import Line, claim_section, counts, kept_page, ledger, ledger_table, verdict_table
 from .lineage import lineage
 from .reference import write_reference
 from .replay import replay, replay_files, replay_page, write_csv
 from .safe import as_page, read_cells, read_notebook, scrub, scrubbed, shown_cells, stale_mark
 from ..settings import Settings, load, outputs, profiles, root
+from ..store import write_text
 from ..view.browser import SCRIPT
 from ..view.tables import escape_markdown
 from ..flow.plan import split_cell
@@ -492,6 +493,14 @@ def write_table_of(file: Path, lines: Sequence[Line]) -> Path:
     return file
 
 
+def write_kept(sources: Path) -> list[str]:  # docnames
+    "A page for every ledger that git keeps."
+    found = sorted(p.parent for p in (root() / "outputs" / "reference").glob("*/claims.csv"))
+    for folder in found:
+        write_text(sources / "kept" / f"{folder.name}.md", kept_page(folder))
+    return [f"kept/{folder.name}" for folder in found]
+
+
 def write_sources(
     profile: str,
     pages: Sequence[Page],
@@ -515,7 +524,7 @@ def write_sources(
     again = replay(settings, **replay_files(settings))
     (sources / "replay.md").write_text(replay_page(again) + "\n{download}`All rows as CSV <replay.csv>`\n")
     write_csv(again, sources / "replay.csv")
-    more = {"Evidence": ["replay", "methods"]}
+    more = {"Evidence": ["replay", "methods", *write_kept(sources)]}
     if settings["companion"].notebooks:
         more["Notebooks and code"] = [write_concepts(sources, settings["companion"].concepts)[0], write_reference(sources)[0]]
     (sources / "index.md").write_text(index_page(profile, pages, lines, more))
