@@ -265,9 +265,9 @@ def test_rows_figures_and_links_of_stale_runs_are_marked():
     assert ["vc-stale-mark" in row for row in rows] == [False, True] and "spectrum.json was edited" in rows[1]
     assert "vc-stale-mark" in clean('<a href="run:spectrum/llama/standard/seed0">run</a>', link)
     figure = {"application/vnd.plotly.v1+json": {"data": [], "layout": {"meta": {"alt": "a", "caption": "c", "runs": ["spectrum/llama/standard/seed0"]}}}}
-    assert "vc-stale-mark" in figure_html(figure, "", link.stale)
+    assert "vc-stale-mark" in figure_html(figure, "", link) and 'href="spectrum/llama/standard/seed0.html"' in figure_html(figure, "", link)
     figure["application/vnd.plotly.v1+json"]["layout"]["meta"]["runs"] = ["spectrum/llama/base/seed0"]
-    assert "vc-stale-mark" not in figure_html(figure, "", link.stale)
+    assert "vc-stale-mark" not in figure_html(figure, "", link)
     assert "would come out otherwise today" in run_card(bad, [bad]) and "otherwise" not in run_card(good, [good])
 
 

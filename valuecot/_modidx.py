@@ -462,6 +462,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'valuecot.companion.safe.figure_html': ( 'companion/safe.html#figure_html',
                                                                                   'valuecot/companion/safe.py'),
                                          'valuecot.companion.safe.guard': ('companion/safe.html#guard', 'valuecot/companion/safe.py'),
+                                         'valuecot.companion.safe.made_by': ('companion/safe.html#made_by', 'valuecot/companion/safe.py'),
                                          'valuecot.companion.safe.markdown_html': ( 'companion/safe.html#markdown_html',
                                                                                     'valuecot/companion/safe.py'),
                                          'valuecot.companion.safe.read_cells': ( 'companion/safe.html#read_cells',

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ROOTS', 'ABSOLUTE', 'ANSI', 'TAGS', 'VOID', 'ATTRIBUTES', 'SILENT', 'TRACES', 'FETCHING', 'DIRECTIVES', 'FENCE',
            'ADDRESS', 'HIDDEN_TAGS', 'LARGEST', 'scrub', 'scrubbed', 'stale_mark', 'Cleaner', 'clean', 'uncaptioned',
-           'self_contained', 'figure_html', 'markdown_html', 'shown_output', 'tame', 'within', 'guard', 'directives',
-           'bare_imports', 'shown_cells', 'read_notebook', 'read_cells', 'as_page']
+           'self_contained', 'made_by', 'figure_html', 'markdown_html', 'shown_output', 'tame', 'within', 'guard',
+           'directives', 'bare_imports', 'shown_cells', 'read_notebook', 'read_cells', 'as_page']
 
 # %% ../../nbs/companion/88_safe.ipynb #5afe0a04
 import ast
@@ -169,10 +169,23 @@ def self_contained(
     return {"data": kept, "layout": {k: v for k, v in layout.items() if not FETCHING.fullmatch(k.rstrip("0123456789"))}}
 
 
+def made_by(
+    runs: list[str],
+    link: Callable[[str], str | None] | None,
+) -> tuple[str, str]:  # why one of them is in doubt, links as HTML
+    "What a figure says of the runs that it was read from."
+    if link is None:
+        return "", ""
+    ask = getattr(link, "stale", None)
+    doubt = next(filter(None, map(ask, runs)), "") if ask else ""
+    found = [f'<a href="{html.escape(where)}">{html.escape(" · ".join(p.replace("seed", "seed ") for p in name.split("/") if p != "all"))}</a>' for name in runs if (where := link(name))]
+    return doubt, f' <span class="vc-made-by">Made by: {", ".join(found)}</span>' if found else ""
+
+
 def figure_html(
     bundle: dict,  # data of an output: plotly JSON and, best, image/png
     about: str,  # alternative text where the figure brings none
-    stale: Callable[[str], str] | None = None,  # run -> why it no longer holds; "" where it does
+    link: Callable[[str], str | None] | None = None,  # run -> address; may know what no longer holds of it
 ) -> str:
     "A figure as HTML."
     spec = bundle.get("application/vnd.plotly.v1+json") or {}
@@ -189,9 +202,8 @@ def figure_html(
     if "image/png" in bundle:
         png = re.sub(r"[^A-Za-z0-9+/=]", "", "".join(bundle["image/png"]))
         parts.append(f'<img alt="{alt}" src="data:image/png;base64,{png}">')
-    names = [str(name) for name in meta.get("runs") or ()] if stale else []
-    doubt = next(filter(None, map(stale, names)), "") if stale else ""
-    words = f"<figcaption>{stale_mark(doubt) if doubt else ''}{caption}</figcaption>" if caption or doubt else ""
+    doubt, made = made_by([str(name) for name in meta.get("runs") or ()], link)
+    words = f"<figcaption>{stale_mark(doubt) if doubt else ''}{caption}{made}</figcaption>" if caption or doubt or made else ""
     plot = " data-plot" if spec else ""
     return f'<figure class="vc-figure mathjax_ignore tex2jax_ignore"{plot}>{"".join(parts)}{words}</figure>'
 
@@ -216,7 +228,7 @@ def shown_output(
     data = output.get("data", {})
     if "application/vnd.plotly.v1+json" in data or "image/png" in data:
         alt = (output.get("metadata", {}).get("image/png") or {}).get("alt")
-        return new_output("display_data", {"text/html": figure_html(data, alt or about, getattr(link, "stale", None))})
+        return new_output("display_data", {"text/html": figure_html(data, alt or about, link)})
     if PAGES in data and data[PAGES]:
         rows = [row | {"body": clean(row["body"], link)} for row in data[PAGES]]
         return new_output("display_data", {"text/html": f'<div class="vc-output">{browser_html(rows)}</div>'})

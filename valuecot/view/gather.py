@@ -9,6 +9,7 @@ __all__ = ['SHARE', 'BOUNDS', 'collect', 'write_table', 'save_figures', 'sources
 # %% ../../nbs/view/67_gather.ipynb #2d7a6e26
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -85,5 +86,6 @@ def curve_figures(run: Run, rows: pd.DataFrame) -> dict[str, Figure]:
     for stage, part in rows.groupby("stage", sort=False) if len(rows) else ():
         fewest, most = part.updates.min(), part.updates.max()
         interval = f"95 % interval of the mean over the updates of a bin, {fewest if fewest == most else f'{fewest} to {most}'} of them"
-        found[f"curves_{stage}"] = training_curves(part, f"{stage.upper()} curves", f"profile {run.profile}", interval)
+        made = tuple(job.path.split("/", 1)[1] for job, _ in earlier(run, stage))
+        found[f"curves_{stage}"] = replace(training_curves(part, f"{stage.upper()} curves", f"profile {run.profile}", interval), runs=made)
     return found
