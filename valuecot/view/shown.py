@@ -10,6 +10,7 @@ __all__ = ['SCORES', 'READ', 'percent', 'score_line', 'shown_scores', 'accuracy_
 # %% ../../nbs/view/77_shown.ipynb #7f57487f
 import html
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import pandas as pd
 
@@ -76,7 +77,8 @@ def accuracy_figure(
     "Accuracy of every method, against the blind ceiling and the best rule."
     seeds = len(settings["steerable.design"].seeds)
     caption = f"Profile {profile}, n = {len(b.questions)} rows, {seeds} training seed{'s' if seeds > 1 else ''}. Whiskers and band: 95 % intervals over {len(set(b.clusters))} scenarios drawn again. Ring: trained and asked without the perspective. Blind ceiling: each scenario's most frequent right answer, on these same rows"
-    return dots(accuracy_rows(settings, b, table), accuracy_lines(ceiling, table), f"Accuracy, {b.name.replace('_', ' ')}", caption + ".")
+    drawn = dots(accuracy_rows(settings, b, table), accuracy_lines(ceiling, table), f"Accuracy, {b.name.replace('_', ' ')}", caption + ".")
+    return replace(drawn, runs=tuple(dict.fromkeys(name for row in table.to_dict("records") for name in made_by(b.name, row))))
 
 # %% ../../nbs/view/77_shown.ipynb #165dda61
 def cell(count: float, line: int) -> str:
