@@ -17,7 +17,7 @@ from ..types import Shown
 
 # %% auto #0
 __all__ = ['Measure', 'Printed', 'Word', 'Effect', 'effect_of', 'Claim', 'word', 'together', 'Verdict', 'reason', 'corrected',
-           'verdicts', 'log_ratio', 'printed_difference', 'at_most']
+           'verdicts', 'log_ratio', 'weakest', 'printed_difference', 'at_most']
 
 # %% ../../nbs/companion/70_claims.ipynb #5c545c09
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ class Effect(Shown):
 
 def effect_of(found: Crossed, scope: str, unit: str, unit_name: str, runs: Sequence[str], note: str = "") -> Effect:
     "A mean over trainings and units as an effect."
+    low, high, pvalue = (found.low, found.high, found.pvalue) if found.se else (math.nan,) * 3  # no spread at all: nothing says how far it moves
     n = f"{found.seeds} seed{'s' * (found.seeds > 1)}, {found.units} {unit_name}" + (f" in {found.clusters} clusters" if found.clusters != found.units else "")
-    return Effect(scope, found.mean, found.low, found.high, unit, n, found.over, found.pvalue, found.seeds, tuple(runs), note)
+    return Effect(scope, found.mean, low, high, unit, n, found.over, pvalue, found.seeds, tuple(runs), note if found.se else " · ".join(x for x in (note, "no spread among units and seeds") if x))
 
 # %% ../../nbs/companion/70_claims.ipynb #46e53233
 Measure = Callable[[Mapping[str, Made], Settings], list[Effect]]  # from the runs of a profile
@@ -63,6 +64,7 @@ class Claim(Shown):
     measure: Measure = field(repr=False)
     printed: Printed = field(default=lambda settings: [], repr=False)
     controls: tuple[str, ...] = ()  # arms that take one confound each
+    against: str = ""  # the arm that they are held against; "": base, or sft
     trainings: int = 2  # of each arm, below which nothing is said about the way of training
 
     @property
@@ -79,9 +81,9 @@ def word(effect: Effect, margin: float, adjusted: float, trainings: int = 0, lev
         return "not testable"
     if not (math.isfinite(effect.low) and math.isfinite(effect.high)) or 0 < effect.seeds < trainings:
         return "undecided"
-    if effect.low > 0 and not adjusted >= level:  # an effect without a p stands by its interval
-        return "supported"
-    return "not supported" if effect.high < margin else "undecided"
+    if effect.high < margin:  # also where it is there, and smaller than what would count
+        return "not supported"
+    return "supported" if effect.low > 0 and not adjusted >= level else "undecided"  # an effect without a p stands by its interval
 
 
 def together(words: Sequence[Word]) -> Word:
@@ -150,16 +152,24 @@ def log_ratio(a: tuple[float, float, int], b: tuple[float, float, int], pvalue: 
     return Effect(scope, value, value - half, value + half, "log ratio", f"{n1} and {n2} subsets of one training run each", "subsets", pvalue)
 
 
-def printed_difference(first: float, second: float, n: int, scope: str, unit: str = "points", level: float = 0.95, effect_of_design: float = 1.0) -> Effect:  # percent of n rows each
+def weakest(effects: Sequence[Effect], note: str = "") -> Effect:
+    "What holds of all of them: a claim that one thing is above each of several is as strong as its weakest part (Berger 1982)."
+    least = min(effects, key=lambda e: e.value)
+    bounds = {name: min(getattr(e, name) for e in effects) if all(math.isfinite(getattr(e, name)) for e in effects) else math.nan for name in ("low", "high")}
+    pvalue = max(e.pvalue for e in effects) if all(math.isfinite(e.pvalue) for e in effects) else math.nan
+    return replace(least, **bounds, pvalue=pvalue, seeds=min(e.seeds for e in effects), runs=tuple(dict.fromkeys(n for e in effects for n in e.runs)), note=note or least.note)
+
+
+def printed_difference(first: float, second: float, n: int, scope: str, unit: str = "points", level: float = 0.95, design: float = 1.0) -> Effect:  # percent of n rows each; design: rows that one independent row is worth
     "Difference of two printed percentages, as of independent rows."
     from statistics import NormalDist
 
     p, q = first / 100, second / 100
-    se = 100 * math.sqrt((p * (1 - p) + q * (1 - q)) / n * effect_of_design)
+    se = 100 * math.sqrt((p * (1 - p) + q * (1 - q)) / n * design)
     value, normal = first - second, NormalDist()
     half = normal.inv_cdf((1 + level) / 2) * se
     pvalue = 2 * normal.cdf(-abs(value) / se) if se else float(value == 0)
-    return Effect(scope, value, value - half, value + half, unit, f"{n:,} rows each, taken as independent", "rows", pvalue)
+    return Effect(scope, value, value - half, value + half, unit, f"{n:,} rows each, taken as independent" if design == 1 else f"{n:,} rows each, worth {n / design:,.0f} independent ones", "rows", pvalue)
 
 
 def at_most(effect: Effect, bound: float, note: str = "") -> Effect:

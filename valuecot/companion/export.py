@@ -204,7 +204,7 @@ def export(
         if reasons:
             source = Path(scratch) / "source" / profile_dir.name
             kept = redacted(profile_dir, source, reasons)
-        build(source, site)
+        build(source, site, of=profile_dir)
         wrong = [line for line in check_site(site) if line.startswith("error")]
         wrong += [f"error: {name} holds a text of {study}" for study, own in kept.items() for name in leaks(site, own)]
         if wrong:

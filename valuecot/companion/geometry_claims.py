@@ -19,9 +19,9 @@ from ..store import read_json, read_records
 from ..types import Rollout, Trace
 
 # %% auto #0
-__all__ = ['Runs', 'FAMILIES', 'Value', 'LOG5', 'LOG2', 'T', 'GEOMETRY', 'models_of', 'contents', 'by_seed', 'spectra',
+__all__ = ['Runs', 'FAMILIES', 'Value', 'FEW', 'LOG5', 'LOG2', 'T', 'GEOMETRY', 'models_of', 'contents', 'by_seed', 'spectra',
            'side_by_side', 'compared', 'log_lambda', 'sharper', 'printed_sharper', 'weights_part', 'at',
-           'raised_by_rewards', 'minimum', 'edge', 'landscape_effects', 'cliff', 'smoother', 'same_length_asked',
+           'raised_by_rewards', 'minimum', 'edges', 'landscape_effects', 'cliff', 'smoother', 'same_length_asked',
            'cools', 'rate', 'fewer', 'rewards_of', 'flat_is_better', 'longer_is_not_better']
 
 # %% ../../nbs/companion/72_geometry_claims.ipynb #edb1ac7d
@@ -142,24 +142,25 @@ def minimum(runs: Runs, settings: Settings) -> list[Effect]:
     found = []
     for model in models_of(runs, "spectrum"):
         for arm in ("base", "standard", "annealing"):
-            rows = [(m, spectra(r)) for m, r in by_seed(runs, "spectrum", model, arm, "spectrum.json").values()]
-            table = [[0.05 + r["lambda_min"] / r["lambda_1"] for _, r in sorted(own.items()) if r["lambda_min"] is not None and r["lambda_1"] > 0] for _, own in rows]
-            table = [row for row in table if row and len(row) == len(table[0])]
-            if table:
-                found.append(effect_of(crossed(table, unit="subsets"), f"{model}, {arm}", "λ_min/λ₁ above −0.05", "subsets", [m.name for m, _ in rows]))
+            rows = {m.name: {k: r for k, r in spectra(read).items() if r["lambda_min"] is not None and r["lambda_1"] > 0} for m, read in by_seed(runs, "spectrum", model, arm, "spectrum.json").values()}
+            rows = {name: own for name, own in rows.items() if own}
+            subsets = sorted(set.intersection(*map(set, rows.values()))) if rows else []
+            if subsets:
+                table = [[0.05 + own[k]["lambda_min"] / own[k]["lambda_1"] for k in subsets] for own in rows.values()]
+                found.append(effect_of(crossed(table, unit="subsets"), f"{model}, {arm}", "λ_min/λ₁ above −0.05", "subsets", list(rows)))
     return found
 
-# %% ../../nbs/companion/72_geometry_claims.ipynb #30cfdd44
-def edge(made: Made) -> tuple[float, float]:  # asymmetry along v1, highest rise of the plane (nats)
+# %% ../../nbs/companion/72_geometry_claims.ipynb #ea611240
+def edges(made: Made) -> tuple[float, float]:  # one-sidedness along v1, highest finite rise of the plane (nats); nan where there is none
     "What one saved landscape says of cliffs."
     from valuecot.store import load_tensors
     from valuecot.types import Landscape
 
     land = load_tensors(made.folder / "subset0.safetensors", Landscape)
-    middle = len(land.betas) // 2
-    up, down = (float(land.loss[i, middle]) - land.center for i in (-1, 0))
-    size = abs(up) + abs(down)
-    return abs(up - down) / size if size else 0.0, float((land.loss - land.center).max())
+    middle, rises = len(land.betas) // 2, (land.loss - land.center)
+    up, down = (float(rises[i, middle]) for i in (-1, 0))
+    size, finite = abs(up) + abs(down), rises[rises.isfinite()]
+    return abs(up - down) / size if size else 0.0, float(finite.max()) if len(finite) else math.nan
 
 
 def landscape_effects(runs: Runs, arms: tuple[str, str], value: Callable[[Made], float], unit: str) -> list[Effect]:
@@ -167,21 +168,22 @@ def landscape_effects(runs: Runs, arms: tuple[str, str], value: Callable[[Made],
     found = []
     for model in models_of(runs, "landscape"):
         first, second = ({m.job.seed: m for m in picked(runs, "geometry", "landscape", model=model, arm=arm)} for arm in arms)
-        seeds = [s for s in first if s in second]
+        steps = {s: value(first[s]) - value(second[s]) for s in first if s in second}
+        seeds = [s for s, x in steps.items() if math.isfinite(x)]
         if seeds:
-            table = [[value(first[s]) - value(second[s])] for s in seeds]
+            table = [[steps[s]] for s in seeds]
             found.append(effect_of(crossed(table, unit="subsets"), model, unit, "subset", [one[s].name for s in seeds for one in (first, second)]))
     return found
 
 
 def cliff(runs: Runs, settings: Settings) -> list[Effect]:
     "How much more one-sided the base arm's landscape is than the standard arm's."
-    return landscape_effects(runs, ("base", "standard"), lambda m: edge(m)[0], "asymmetry, 0 to 1")
+    return landscape_effects(runs, ("base", "standard"), lambda m: edges(m)[0], "one-sidedness, 0 to 1")
 
 
 def smoother(runs: Runs, settings: Settings) -> list[Effect]:
     "How many times higher the base arm's landscape rises than the standard arm's, on the range of the family."
-    return landscape_effects(runs, ("base", "standard"), lambda m: math.log(max(edge(m)[1], 1e-9)), "log ratio of the rise")
+    return landscape_effects(runs, ("base", "standard"), lambda m: math.log(max(edges(m)[1], 1e-9)), "log ratio of the rise")
 
 # %% ../../nbs/companion/72_geometry_claims.ipynb #2eb2278a
 def same_length_asked(runs: Runs, settings: Settings) -> list[Effect]:
@@ -223,22 +225,27 @@ def rewards_of(made: Made) -> dict[str, float]:
     return {r.prompt_id: r.reward for r in read_records(made.folder / "rollouts.jsonl", Rollout) if r.reward is not None}
 
 
+FEW = 8  # units below which a bootstrap interval of a rank correlation is not believed
+
+
 def flat_is_better(runs: Runs, settings: Settings) -> list[Effect]:
-    "Rank correlation of flatness and mean reward over arms and trainings of a model."
+    "Rank correlation of flatness and mean reward over trained arms of a model; trainings of one arm are one unit."
     from valuecot.stats import correlation
 
     found = []
     for model in models_of(runs, "spectrum"):
-        points = {}
-        for m in picked(runs, "geometry", "spectrum", model=model):
-            values = log_lambda(read_json(m.folder / "spectrum.json"))
-            sampled = next((s for s in picked(runs, "geometry", "samples", model=model, arm=m.job.arm) if s.job.seed == m.job.seed), None)
-            rewards = rewards_of(sampled) if sampled else {}
-            if values and rewards:
-                points[m.name, sampled.name] = (-fmean(values.values()), fmean(rewards.values()))
-        if len(points) > 2:
-            rho = correlation(*zip(*points.values(), strict=True))
-            found.append(Effect(model, rho.rho, rho.low, rho.high, "rank correlation", f"{len(points)} trained models", "trained models", rho.pvalue, len(points), tuple(n for pair in points for n in pair), f"{rho.pvalue:.2g} is p over {len(points)} points"))
+        points = []
+        for m in (m for m in picked(runs, "geometry", "spectrum", model=model) if m.job.arm != "initial"):
+            values = log_lambda(contents(m.folder / "spectrum.json"))
+            for sampled in picked(runs, "geometry", "samples", model=model, arm=m.job.arm, seed=m.job.seed):
+                if values and (rewards := rewards_of(sampled)):
+                    points.append((m.job.arm, -fmean(values.values()), fmean(rewards.values()), m.name, sampled.name))
+        if len({p[0] for p in points}) > 2:
+            rho = correlation([p[1] for p in points], [p[2] for p in points], clusters=[p[0] for p in points])
+            known = rho.n >= FEW
+            note = "each arm's curvature is on its own text" + ("" if known else f"; {rho.n} arms: no interval, and p cannot be below {rho.floor:.2g}")
+            low, high, pvalue = (rho.low, rho.high, rho.pvalue) if known else (math.nan,) * 3
+            found.append(Effect(model, rho.rho, low, high, "rank correlation", f"{rho.n} arms, {len(points)} trained models", "arms", pvalue, len(points), tuple(n for p in points for n in p[3:]), note))
     return found
 
 
@@ -265,19 +272,19 @@ LOG5, LOG2 = math.log(1.05), math.log(1.02)
 T = "t interval over seeds and units, Holm over the family"
 GEOMETRY: tuple[Claim, ...] = (
     Claim("G1", "sharpness", "Reinforced without reasoning, a model ends in a sharper place than one taught standard chain-of-thought.", "dropping the top eigenvalue", "section 4, Table 1", "log λ₁(base) − log λ₁(standard), Qwen family", T, LOG5, "arms base and standard of qwen", sharper("base", "standard", ("qwen",)), printed_sharper("base", "standard", ("qwen",)), ("base-matched", "base-think", "response", "initial", "standard-sft")),
-    Claim("G2", "sharpness", "Annealing chain-of-thought ends in a flatter place than standard chain-of-thought.", "achieves the lowest top eigenvalue", "section 4, Table 1", "log λ₁(standard) − log λ₁(annealing), Qwen family", T, LOG2, "arms standard and annealing of qwen", sharper("standard", "annealing", ("qwen",)), printed_sharper("standard", "annealing", ("qwen",)), ("matched", "neutral", "headers", "reversed", "shuffled", "final")),
+    Claim("G2", "sharpness", "Annealing chain-of-thought ends in a flatter place than standard chain-of-thought.", "achieves the lowest top eigenvalue", "section 4, Table 1", "log λ₁(standard) − log λ₁(annealing), Qwen family", T, LOG2, "arms standard and annealing of qwen", sharper("standard", "annealing", ("qwen",)), printed_sharper("standard", "annealing", ("qwen",)), ("matched", "neutral", "headers", "reversed", "shuffled", "final"), "standard"),
     Claim("G3", "sharpness", "On a second model family, too, the base arm is sharper than standard.", "remain the same for this alternate model", "section 4, appendix B, Table 2", "log λ₁(base) − log λ₁(standard), Llama family", T, LOG5, "arms base and standard of llama", sharper("base", "standard", ("llama",)), printed_sharper("base", "standard", ("llama",)), ("base-matched", "base-think", "response", "initial", "standard-sft")),
-    Claim("G4", "sharpness", "On a second model family, too, annealing is flatter than standard.", "further lowered the top eigenvalue", "appendix B, Table 2", "log λ₁(standard) − log λ₁(annealing), Llama family", T, LOG2, "arms standard and annealing of llama", sharper("standard", "annealing", ("llama",)), printed_sharper("standard", "annealing", ("llama",)), ("matched", "neutral", "headers", "reversed", "shuffled", "final")),
+    Claim("G4", "sharpness", "On a second model family, too, annealing is flatter than standard.", "further lowered the top eigenvalue", "appendix B, Table 2", "log λ₁(standard) − log λ₁(annealing), Llama family", T, LOG2, "arms standard and annealing of llama", sharper("standard", "annealing", ("llama",)), printed_sharper("standard", "annealing", ("llama",)), ("matched", "neutral", "headers", "reversed", "shuffled", "final"), "standard"),
     Claim("G5", "sharpness", "Chain-of-thought smooths the landscape: the base arm's loss rises higher over the same plane.", "smoothens the loss landscape", "abstract, Figures 1 and 4", "log of the highest rise on the family's range, base − standard", T, LOG5, "landscapes of base and standard", smoother),
-    Claim("G6", "carriers", "The base arm stands on a cliff: its landscape is an incline where the others are basins.", "cliff-like", "section 4, Figures 1 and 2", "asymmetry of the loss along v₁ at both edges, base − standard", T, 0.1, "landscapes of base and standard", cliff),
+    Claim("G6", "carriers", "The base arm stands on a cliff: its landscape is an incline where the others are basins.", "cliff-like", "section 4, Figures 1 and 2", "one-sidedness of the loss along v₁ at both edges, base − standard", T, 0.1, "landscapes of base and standard", cliff),
     Claim("G7", "carriers", "It is the trained model that is flatter, not the text that it is measured on.", "CoT reasoning lowers this top eigenvalue", "abstract", "log λ₁(base) − log λ₁(standard) on identical tokens", T, LOG5, "the curvature matrix of base and standard", weights_part, (lambda settings: []), ("response", "base-think")),
-    Claim("G8", "carriers", "Scalar rewards make it sharp: reinforcement learning raises the base model's λ₁.", "induce high instability", "section 5", "log λ₁ after − before GRPO, base arm", T, LOG5, "the timeline of base", raised_by_rewards, (lambda settings: []), ("base-matched", "format")),
+    Claim("G8", "carriers", "Scalar rewards make it sharp: reinforcement learning raises the base model's λ₁.", "induce high instability", "section 5", "log λ₁ after − before GRPO, base arm", T, LOG5, "the timeline of base", raised_by_rewards),
     Claim("G9", "carriers", "Every arm ends in a minimum of the loss that is measured.", "a sharp, unstable minimum", "section 4", "λ_min/λ₁ above −0.05 for each arm", T, 0.0, "spectra of the three arms", minimum),
-    Claim("G10", "reasoning", "Both kinds of reasoning are of equal length.", "to control for length", "section 3.1", "0.1 less |log ratio of words| within a prompt", "interval over prompts", 0.0, "traces of both kinds", same_length_asked, (lambda settings: []), ("matched",), 0),
-    Claim("G11", "reasoning", "Annealing reasoning cools: the model's uncertainty falls along it, more than along a standard one.", "from high-temperature exploration to low-temperature convergence", "abstract, section 3.1", "slope of the next-token entropy over the reasoning, standard − annealing", T, 0.05, "stage annealing of both arms", cools, (lambda settings: []), ("reversed", "shuffled", "neutral")),
+    Claim("G10", "reasoning", "Both kinds of reasoning are of equal length.", "to control for length", "section 3.1", "0.1 less |log ratio of words| within a prompt", "interval over prompts", 0.0, "traces of both kinds", same_length_asked, trainings=0),
+    Claim("G11", "reasoning", "Annealing reasoning cools: the model's uncertainty falls along it, more than along a standard one.", "from high-temperature exploration to low-temperature convergence", "abstract, section 3.1", "slope of the next-token entropy over the reasoning, standard − annealing", T, 0.05, "stage annealing of both arms", cools),
     Claim("G12", "behaviour", "Annealing prevents loops of deliberation.", "prevents long deliberation loops", "appendix F", "share of held-out prompts with a loop, standard − annealing", T, 0.05, "stage behaviour of both arms", fewer("loops")),
     Claim("G13", "behaviour", "Annealing yields to the user less.", "falls into sycophantic compliance", "appendix F", "share of held-out prompts with unreserved agreement, standard − annealing", T, 0.05, "stage behaviour of both arms", fewer("sycophantic")),
     Claim("G14", "behaviour", "Annealing refuses less where nothing calls for it.", "over-refusal", "appendix F", "share of held-out prompts refused though both teachers answer, standard − annealing", T, 0.05, "stage behaviour of both arms", fewer("over_refuses")),
-    Claim("G15", "behaviour", "Flatter models behave better.", "helps the model avoid failure modes", "appendix F, section 5", "rank correlation of −log λ₁ and mean reward over trained models", "permutation test, bootstrap interval", 0.3, "spectra and samples of at least three trained models", flat_is_better, (lambda settings: []), (), 3),
+    Claim("G15", "behaviour", "Flatter models behave better.", "helps the model avoid failure modes", "appendix F, section 5", "rank correlation of −log λ₁ and mean reward over trained models", "permutation test, bootstrap interval", 0.3, "spectra and samples of at least eight arms", flat_is_better, trainings=3),
     Claim("G16", "behaviour", "Longer reasoning is not better.", "longer reasoning traces are not necessarily better", "appendix F", "0.2 less the rank correlation of length and reward within a thinking arm", T, 0.0, "samples of standard and annealing", longer_is_not_better),
 )

@@ -18,15 +18,15 @@ import pandas as pd
 from .claims import Claim, Effect, Verdict, verdicts
 from .geometry_claims import GEOMETRY, sharper
 from .lineage import Made, lineage, stale_among
-from .steerable_claims import BENCHMARKS, STEERABLE, accuracies
-from .safe import scrub
+from .steerable_claims import STEERABLE, better
+from .safe import scrub, scrubbed, stale_mark
 from ..settings import Settings, load, notes, outputs, root
 from ..store import write_text
 from ..types import Shown, short
 from ..view.tables import MISSING, escape_markdown, missing, to_the_error
 
 # %% auto #0
-__all__ = ['CLAIMS', 'CARD', 'SIGNS', 'BADGES', 'Line', 'Control', 'read', 'ledger', 'controls', 'told', 'shortest',
+__all__ = ['CLAIMS', 'CARD', 'NUMBERS', 'SIGNS', 'BADGES', 'Line', 'Control', 'read', 'ledger', 'controls', 'told', 'shortest',
            'ledger_table', 'counts', 'keep', 'kept', 'kept_page', 'main', 'badge', 'bar', 'verdict_table',
            'effect_rows', 'control_rows', 'margin_of', 'claim_section']
 
@@ -52,13 +52,14 @@ class Control(Shown):
     label: str
     asks: str  # what it settles, from settings.ini
     effects: tuple[Effect, ...]  # against the arm of its claim; () where it did not run
+    stale: str = ""  # what of its runs no longer holds
 
 
 def read(measure: Callable, runs: Mapping[str, Made], settings: Settings) -> tuple[list[Effect], str]:  # effects, why there are none
-    "What a measure finds; a run that cannot be read costs its claim, not the page."
+    "What a measure finds; a run that cannot be read costs its claim, not the page, whatever its damage raises."
     try:
         return measure(runs, settings), ""
-    except (OSError, KeyError, ValueError, TypeError) as error:
+    except Exception as error:
         return [], f"a run that it needs cannot be read ({type(error).__name__}: {short(scrub(str(error), str(root())), 160)})"
 
 
@@ -78,10 +79,11 @@ def controls(claim: Claim, runs: Mapping[str, Made], settings: Settings) -> tupl
         if arm is None:
             raise KeyError(f"claim {claim.id} names the control {name!r}, which is no arm of settings.ini")
         if claim.study == "geometry":
-            effects, _ = read(sharper("base", name), runs, settings)
+            effects, _ = read(sharper(claim.against or "base", name), runs, settings)
         else:
-            effects, _ = read(lambda runs, settings, name=name: [e for dataset in BENCHMARKS for e in accuracies(runs, dataset, name, "sft")], runs, settings)
-        found.append(Control(name, arm.label, said.get(f"arm.{name}.label", ""), tuple(effects)))
+            effects, _ = read(better(name, claim.against or "sft"), runs, settings)
+        stale = stale_among(tuple(n for e in effects for n in e.runs), runs)
+        found.append(Control(name, arm.label, said.get(f"arm.{name}.label", ""), tuple(effects), stale))
     return tuple(found)
 
 # %% ../../nbs/companion/76_ledger.ipynb #b30dcd7c
@@ -121,6 +123,12 @@ def counts(lines: Sequence[Line], source: str) -> dict[str, int]:
 CARD = ("study", "stage", "model", "dataset", "arm", "seed", "parameters", "key", "inputs", "revision", "dirty", "python", "packages", "system", "device", "dtype", "threads", "counts", "seconds", "finished")
 
 
+NUMBERS = (  # tables that hold no text of a prompt, a row or a model: what is kept goes into git
+    "table1", "table2", "spectrum", "samples", "landscape_checks", "matrix", "split", "shares", "edges", "timeline", "sums", "cooling", "contrasts", "behaviour", "across_", "rules",
+    "scores_", "against_", "gains_", "ceilings", "readings_", "curvature", "faithfulness", "offence", "best_looks", "crossings", "efficiency_points",
+)  # fmt: skip
+
+
 def keep(profile_dir: Path, folder: Path, settings: Settings) -> list[Path]:  # files
     "Write ledger, tables and cards of a profile's complete runs to `folder`; stale runs are refused, since a record must be of one state."
     runs = lineage(profile_dir)
@@ -130,10 +138,9 @@ def keep(profile_dir: Path, folder: Path, settings: Settings) -> list[Path]:  # 
         raise ValueError(f"{len(stale)} of {len(runs)} runs are stale ({stale[0]}): run `make study` again with the same SET")
     made = [write_text(folder / "claims.csv", ledger_table(ledger(runs, settings)).to_csv(index=False, float_format="%.6g", lineterminator="\n"))]
     for m in runs.values():
-        if m.job.stage in ("report", "carriers", "conduct"):
-            small = [p for p in sorted(m.folder.glob("*.csv")) if p.stat().st_size < 60_000]
-            made += [write_text(folder / f"{m.job.study}-{m.job.stage}-{p.name}", p.read_text(encoding="utf-8")) for p in small]
-    cards = [{name: m.card.get(name) for name in CARD} for m in runs.values()]
+        for p in (p for p in sorted(m.folder.glob("*.csv")) if m.job.stage in ("report", "carriers", "conduct") and p.stem.startswith(NUMBERS)):
+            made.append(write_text(folder / f"{m.job.study}-{m.job.stage}-{p.name}", scrub(p.read_text(encoding="utf-8"), str(root()))))
+    cards = [scrubbed({name: m.card.get(name) for name in CARD}, str(root())) for m in runs.values()]
     return [*made, write_text(folder / "cards.jsonl", "".join(json.dumps(card, ensure_ascii=False) + "\n" for card in cards))]
 
 
@@ -183,7 +190,7 @@ BADGES = {"supported": "yes", "not supported": "no", "undecided": "open", "not t
 
 def badge(v: Verdict) -> str:  # HTML
     "A verdict as a word with its sign."
-    stale = f' <span class="vc-stale-mark" title="{html.escape(v.stale)}">stale</span>' if v.stale else ""
+    stale = " " + stale_mark(v.stale).strip() if v.stale else ""
     word = "not printed" if v.source == "paper" and v.word == "not testable" else v.word
     return f'<span class="vc-verdict vc-{BADGES[v.word]}"><span aria-hidden="true">{SIGNS[v.word]}</span> {word}</span>{stale}'
 
@@ -226,7 +233,7 @@ def effect_rows(v: Verdict, link) -> str:  # link: run -> address or None; HTML
 
 def control_rows(found: Sequence[Control]) -> str:  # HTML
     "Controls and what they show."
-    rows = "".join(f'<tr><th scope="row">{html.escape(c.label)}</th><td>{html.escape(c.asks)}</td><td>{"<br>".join(html.escape(f"{e.scope}: {told(e)}") for e in c.effects) or "not run"}</td></tr>' for c in found)
+    rows = "".join(f'<tr><th scope="row">{html.escape(c.label)}</th><td>{html.escape(c.asks)}</td><td>{(stale_mark(c.stale) if c.stale else "") + "<br>".join(html.escape(f"{e.scope}: {told(e)}") for e in c.effects) or "not run"}</td></tr>' for c in found)
     return f'<table class="vc-table"><thead><tr><th scope="col">control</th><th scope="col">asks</th><th scope="col">shows</th></tr></thead><tbody>{rows}</tbody></table>'
 
 
@@ -247,7 +254,7 @@ def claim_section(line: Line, link) -> str:  # Markdown with raw HTML
         elif v.why and v.source == "runs":
             raw.append(f"<p><strong>{title}</strong>: {html.escape(v.why)}.</p>")
     if line.controls:
-        base = "λ₁ of the base arm over that of the control" if c.study == "geometry" else "accuracy above SFT’s"
+        base = f"λ₁ of {c.against or 'base'} over that of the control" if c.study == "geometry" else f"accuracy above that of {c.against or 'sft'}"
         raw.append(f"<p><strong>Controls</strong> ({base})</p>{control_rows(line.controls)}")
     body = "\n".join(raw).replace("\n", "")
     return f'({c.id.lower()})=\n### {c.id}: {c.says}\n\n```{{raw}} html\n<div class="vc-output vc-claim mathjax_ignore tex2jax_ignore">{body}</div>\n```'

@@ -33,7 +33,7 @@ from nbformat.v4 import new_markdown_cell
 from .checks import check_site
 from .concepts import write_concepts
 from .ledger import Line, claim_section, counts, kept_page, ledger, ledger_table, verdict_table
-from .lineage import lineage
+from .lineage import Made, lineage
 from .reference import write_reference
 from .replay import replay, replay_files, replay_page, write_csv
 from .safe import as_page, read_cells, read_notebook, scrub, scrubbed, shown_cells, stale_mark
@@ -139,11 +139,12 @@ class Page:
 # %% ../../nbs/companion/90_pages.ipynb #50eef516
 def found(
     profile_dir: Path,  # outputs/<profile>
+    states: Mapping[str, Made] | None = None,  # what holds of its runs; looked up if left out
 ) -> list[Page]:  # by study, stage, model, arm (in the order of the figures), seed
     "Every complete or failed run of a profile."
     if not profile_dir.is_dir():
         raise FileNotFoundError(f"no runs at {profile_dir.name}/: run `make study PROFILE={profile_dir.name}` first")
-    pages, states = [], lineage(profile_dir)
+    pages, states = [], lineage(profile_dir) if states is None else states
     for folder in {p.parent for name in ("run.json", "failed.ipynb") for p in profile_dir.rglob(name)}:
         parts = folder.relative_to(profile_dir).parts
         if len(parts) < 2 or parts[0] == "companion" or any(p.startswith(".") for p in parts):
@@ -193,9 +194,9 @@ class Links:
     def __call__(self, run: str) -> str | None:
         return address(run, self.page, self.pages)
 
-    def stale(self, run: str) -> str:  # "" where it holds, or where there is no such run
+    def stale(self, run: str) -> str:  # "" where it holds
         there = target(run, self.page, self.pages)
-        return there.stale if there else ""
+        return there.stale if there else f"{run} is gone"
 
 
 def linked(
@@ -235,7 +236,7 @@ def run_card(
         links = [f'<a href="{html.escape(there)}">{html.escape(name)}</a>' if there else html.escape(name) for name, there in where.items()]
         rows.append(f'<tr><th scope="row">inputs</th><td>{", ".join(links)}</td></tr>')
     body = f"<table>{''.join(rows)}</table>" if rows else ""
-    doubt = f"<p>{stale_mark(page.stale)}This run would come out otherwise today: {html.escape(page.stale)}. `make study` makes it anew; numbers that depend on what changed are marked.</p>".replace("`", "") if page.stale else ""
+    doubt = f"<p>{stale_mark(page.stale)}This run would come out otherwise today: {html.escape(page.stale)}. `make study` makes it anew; rows and figures that name what changed are marked.</p>".replace("`", "") if page.stale else ""
     summary = html.escape(f"Run {state}{revision}")
     block = f'{doubt}<details class="vc-card mathjax_ignore tex2jax_ignore"><summary>{summary}</summary>{body}</details>'.replace("\n", "&#10;")
     return f"```{{raw}} html\n{block}\n```"
@@ -385,9 +386,9 @@ def stage_docname(pages: Sequence[Page]) -> str:  # pages of one stage
 
 # %% ../../nbs/companion/90_pages.ipynb #d057724f
 STUDY_TITLES = {"geometry": "Does chain-of-thought flatten the loss?", "steerable": "Does chain-of-thought make a model steerable?"}
-RULE = """Each claim was given a number, a test and a margin, the smallest effect that would count, before the first run of this ledger.
-The effect points the way of the claim. It is *supported* when its 95 % interval lies above zero and its p stays below 0.05 after Holm's correction over
-the family; *not supported* when the interval ends below the margin; *undecided* otherwise, or with fewer trainings of each arm than it needs.
+RULE = """Each claim has a number, a test and a margin, the smallest effect that would count; they are code of the package and the same for every run.
+The effect points the way of the claim. It is *not supported* when its 95 % interval ends below the margin; *supported* when the interval lies above zero and,
+where there is a test, its p is below 0.05 after Holm's correction over the family; *undecided* otherwise, or with fewer trainings of each arm than it needs.
 A claim about several models or benchmarks must hold in each. The bar shows the interval against zero (line) and the margin (shaded)."""
 
 
@@ -406,7 +407,7 @@ def first_words(lines: Sequence[Line]) -> str:  # Markdown
     "The answer, before anything else."
     return (
         f"Two papers ask what chain-of-thought does to a language model that must resolve conflicting values {{cite}}`geometry,steerable`. Of {len(lines)} sentences in them that could be wrong, the papers' own numbers leave "
-        f"**{verdict_counts(lines, 'paper')}**; in the runs shown here they are **{verdict_counts(lines, 'runs')}**. Every verdict comes from one [rule](claims.md), chosen before the runs; every number leads to the run that made it."
+        f"**{verdict_counts(lines, 'paper')}**; in the runs shown here they are **{verdict_counts(lines, 'runs')}**. Every verdict comes from one [rule](claims.md), the same for all runs; every number leads to the run that made it."
     )
 
 
@@ -429,7 +430,7 @@ def index_page(
     if failed := [p for p in pages if p.failed]:
         parts.append("## Failed runs\n\n" + "\n".join(f"- [{escape_markdown(p.title)}]({p.docname}.ipynb)" for p in failed))
     if stale := [p for p in pages if p.stale]:
-        parts.append(f"## Stale runs\n\n{len(stale)} of {len(pages)} runs would come out otherwise today; their numbers are marked on every page.\n\n" + "\n".join(f"- [{escape_markdown(p.title)}]({p.docname}.ipynb): {escape_markdown(p.stale)}" for p in stale[:20]))
+        parts.append(f"## Stale runs\n\n{len(stale)} of {len(pages)} runs would come out otherwise today; verdicts, rows and figures that name them are marked.\n\n" + "\n".join(f"- [{escape_markdown(p.title)}]({p.docname}.ipynb): {escape_markdown(p.stale)}" for p in stale[:20]))
     parts.append("## What was run\n\n" + what_was_run(profile, pages))
     for study in dict.fromkeys(p.study for p in pages):
         parts.append(f"### All runs: {escape_markdown(study)}\n\n" + stage_table([p for p in pages if p.study == study]))
@@ -579,12 +580,14 @@ def build(
     profile_dir: Path,  # outputs/<profile>
     out: Path | None = None,  # outputs/<profile>/companion by default
     overrides: str = "",  # as in make study SET=...
+    of: Path | None = None,  # the profile that `profile_dir` is a redacted copy of: what holds of its runs is told of the original
 ) -> Path:  # index.html
     "Build the companion of one profile; a secret or a path in it stops the build, what is too large is told."
     profile_dir = Path(profile_dir)
-    pages, profile = found(profile_dir), profile_dir.resolve().name
+    states = lineage(of or profile_dir)
+    pages, profile = found(profile_dir, states), profile_dir.resolve().name
     settings = load(profile if profile in profiles else "tiny", overrides)  # of a folder of another name only what the papers print is read
-    lines = ledger(lineage(profile_dir), settings)
+    lines = ledger(states, settings)
     out = Path(out) if out else profile_dir / "companion"
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
