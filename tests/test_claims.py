@@ -222,6 +222,16 @@ def test_an_input_that_was_run_again_or_is_gone(place):
     assert stale_among(("geometry/traces/all/all/all",), states) == "geometry/traces/all/all/all is gone"
 
 
+def test_an_input_that_came_out_otherwise_counts_although_its_key_is_the_same(place):
+    name = "geometry/spectrum/llama/base/seed0"
+    card, traces = read_json(place / name / "run.json"), read_json(place / "geometry/traces/all/all/all/run.json")
+    write_json(place / name / "run.json", card | {"input_files": {"traces/all/all/all": digest(traces["files"])}})
+    assert stale(place) == set()
+    (place / "geometry/traces/all/all/all/value.csv").write_text("3\n")
+    write_json(place / "geometry/traces/all/all/all/run.json", traces | {"files": hash_folder(place / "geometry/traces/all/all/all", skip=("run.json",))})
+    assert stale(place) == {name, "geometry/range/llama/all/seed0"}  # the others recorded no hash
+
+
 def test_restoring_a_file_restores_its_numbers(place):
     file = place / "geometry/prompts/all/all/all/value.csv"
     file.write_text("2\n")

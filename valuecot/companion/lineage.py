@@ -119,7 +119,8 @@ def after_inputs(made: Made, runs: Mapping[str, Made]) -> str:  # `runs`: with t
             return f"its input {name} is gone"
         if runs[name].stale:
             return f"its input {name} is stale: {runs[name].stale}" if " is stale: " not in runs[name].stale else f"its input {name} is stale: {runs[name].stale.rpartition(' is stale: ')[2]}"
-        if digest(runs[name].card.get("key")) != key:
+        had = (made.card.get("input_files") or {}).get(name.split("/", 1)[1])
+        if digest(runs[name].card.get("key")) != key or had not in (None, digest(runs[name].card.get("files"))):
             return f"its input {name} was run again"
     return ""
 

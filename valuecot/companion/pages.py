@@ -236,7 +236,7 @@ def run_card(
         links = [f'<a href="{html.escape(there)}">{html.escape(name)}</a>' if there else html.escape(name) for name, there in where.items()]
         rows.append(f'<tr><th scope="row">inputs</th><td>{", ".join(links)}</td></tr>')
     body = f"<table>{''.join(rows)}</table>" if rows else ""
-    doubt = f"<p>{stale_mark(page.stale)}This run would come out otherwise today: {html.escape(page.stale)}. `make study` makes it anew; rows and figures that name what changed are marked.</p>".replace("`", "") if page.stale else ""
+    doubt = f"<p>{stale_mark(page.stale)}This run would come out otherwise today: {html.escape(page.stale)}. Where files were edited, delete its run.json first; then make study makes it anew. Rows and figures that name what changed are marked.</p>".replace("`", "") if page.stale else ""
     summary = html.escape(f"Run {state}{revision}")
     block = f'{doubt}<details class="vc-card mathjax_ignore tex2jax_ignore"><summary>{summary}</summary>{body}</details>'.replace("\n", "&#10;")
     return f"```{{raw}} html\n{block}\n```"

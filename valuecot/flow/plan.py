@@ -20,7 +20,8 @@ from ..types import Arm
 
 # %% auto #0
 __all__ = ['DATASETS', 'Stage', 'declaration', 'stages', 'Job', 'split_cell', 'Study', 'Plan', 'named_files', 'key_of', 'forget',
-           'why', 'mark', 'put_in_order', 'key_file', 'find_job', 'absent', 'companion_stale', 'companion_key']
+           'left', 'others', 'why', 'mark', 'put_in_order', 'key_file', 'find_job', 'absent', 'companion_stale',
+           'companion_key']
 
 # %% ../../nbs/flow/12_plan.ipynb #0ec2cc04
 @dataclass(frozen=True)
@@ -275,16 +276,34 @@ def forget() -> None:
         cached.cache_clear()
 
 
+def left(file: Path) -> str:  # run.json -> digest; "" where there is none
+    "Hash of what a run left, as it says itself."
+    try:
+        return digest(read_json(file)["files"]) if file.exists() else ""
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def others(plan: Plan, job: Job, card: dict) -> bool:
+    "Whether an input was made again since, with other files: the same code and settings need not give the same bits on a GPU."
+    had = card.get("input_files") or {}
+    return any(had.get(j.path.split("/", 1)[1]) not in (None, left(plan.run_file(j))) for j in plan.inputs(job) if plan.run_file(j).exists())
+
+
 def why(plan: Plan, job: Job) -> str:  # "" if it is up to date
     "Why `job` would run."
     file = plan.run_file(job)
     if not file.exists():
         return "never completed"
     try:
-        old, new = read_json(file).get("key", {}), plan.key(job)
+        card = read_json(file)
+        old, new = card.get("key", {}), plan.key(job)
     except ValueError:
         return "its run.json is damaged"
-    return ", ".join(f"{part} changed" for part in new if old.get(part) != new[part])
+    found = [part for part in new if old.get(part) != new[part]]
+    if "inputs" not in found and others(plan, job, card):
+        found.append("inputs")
+    return ", ".join(f"{part} changed" for part in found)
 
 # %% ../../nbs/flow/12_plan.ipynb #1d1160a5
 def mark(file: Path, product: Path, key: str, reason: str) -> Path:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from importlib.metadata import distributions
 from pathlib import Path
 
-from .plan import Job, Plan, Stage, find_job, forget, why
+from .plan import Job, Plan, Stage, find_job, forget, left, why
 from .warm import ask
 from ..settings import nearest, root
 from ..store import digest, hash_file, hash_folder, read_json, write_json
@@ -172,11 +172,12 @@ def provenance(plan: Plan, job: Job, key: dict[str, str], parameters: dict[str, 
     record = read_json(folder / "record.json") if (folder / "record.json").exists() else {}
     commit, dirty = revision()
     inputs = {j.path.split("/", 1)[1]: digest(plan.key(j)) for j in plan.inputs(job)}
+    input_files = {j.path.split("/", 1)[1]: left(plan.run_file(j)) for j in plan.inputs(job)}
     return {
         "study": job.study, "stage": job.stage, "profile": plan.profile, "model": job.model, "dataset": job.dataset, "arm": job.arm, "seed": job.seed,
         "notebook": str(plan.stages[job.stage].notebook.relative_to(root())),
         "parameters": {k: v for k, v in parameters.items() if k != "out"},
-        "settings": plan.reads(job).values(), "key": key, "inputs": inputs,
+        "settings": plan.reads(job).values(), "key": key, "inputs": inputs, "input_files": input_files,
         "files": hash_folder(folder, skip=("run.ipynb", "run.json")),
         "revision": commit, "dirty": dirty, **environment(),
         "device": record.get("device", "cpu"), "dtype": record.get("dtype", ""), "threads": os.environ.get("OMP_NUM_THREADS", ""),
