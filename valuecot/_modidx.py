@@ -3558,6 +3558,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'valuecot.view.gather.curve_figures': ('view/gather.html#curve_figures', 'valuecot/view/gather.py'),
                                       'valuecot.view.gather.curves': ('view/gather.html#curves', 'valuecot/view/gather.py'),
                                       'valuecot.view.gather.history': ('view/gather.html#history', 'valuecot/view/gather.py'),
+                                      'valuecot.view.gather.runs_of': ('view/gather.html#runs_of', 'valuecot/view/gather.py'),
                                       'valuecot.view.gather.sampled': ('view/gather.html#sampled', 'valuecot/view/gather.py'),
                                       'valuecot.view.gather.save_figures': ('view/gather.html#save_figures', 'valuecot/view/gather.py'),
                                       'valuecot.view.gather.sources': ('view/gather.html#sources', 'valuecot/view/gather.py'),

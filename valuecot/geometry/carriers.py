@@ -22,7 +22,7 @@ from ..flow.run import earlier, finish
 from ..stats import Mean, mean_se
 from ..store import load_tensors, read_json
 from ..types import Landscape, Run
-from ..view.gather import collect, save_figures, sources, write_table
+from ..view.gather import collect, runs_of, save_figures, sources, write_table
 from ..view.heat import heat_maps
 from ..view.tables import Html, number, to_html, with_se
 from ..view.theme import Figure
@@ -108,13 +108,13 @@ def split_table(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def shown_split(table: pd.DataFrame) -> Html:
+def shown_split(run: Run, table: pd.DataFrame) -> Html:
     "The split as a reader wants it."
     if table.empty:
         return Html("<p>No arm of this design was measured on the base arm's text, and the base arm on its own: there is nothing to split.</p>")
     both = {name: [with_se(m, s) for m, s in zip(table[f"{name} (log ratio)"], table[f"{name} SE (log ratio)"], strict=True)] for name in PARTS}
     shown = pd.DataFrame({"model": table.model, "arm": table.arm, "log λ_base − log λ_arm": both["total"], "text": both["text"], "weights": both["weights"], "text, changed first": both["text_first"], "text, changed last": both["text_last"], "interaction": both["interaction"]})
-    return to_html(shown, f"Natural logarithms; ± SE over {', '.join(sorted(set(table.over)))}, n = {', '.join(map(str, sorted(set(table.n))))}. text + weights is the whole; interaction: how far the two orders are apart")
+    return to_html(shown, f"Natural logarithms; ± SE over {', '.join(sorted(set(table.over)))}, n = {', '.join(map(str, sorted(set(table.n))))}. text + weights is the whole; interaction: how far the two orders are apart", [[*runs_of(run, "matrix", model=r.model, arm="base"), *runs_of(run, "matrix", model=r.model, arm=r.arm)] for r in table.itertuples()])
 
 # %% ../../nbs/geometry/92_carriers.ipynb #7c735e2f
 ORDER = "headers", "explore", "cool", "converge", "reasoning", "response"
@@ -175,7 +175,7 @@ def shown_edges(table: pd.DataFrame) -> Html:
         "model": table.model, "arm": table.arm, "seed": table.seed, "by slope": [number(x, 3) for x in table["rise by slope (nats)"]], "by curvature": [number(x, 3) for x in table["rise by curvature (nats)"]], "slope's share": [f"{100 * x:.0f} %" for x in table["slope's share (1)"]],
         "measured, +r": [number(x, 3) for x in table["measured rise at +r (nats)"]], "measured, −r": [number(x, 3) for x in table["measured rise at -r (nats)"]], "asymmetry": [number(x, 2) for x in table["asymmetry (1)"]], "R² of the quadratic": [number(x, 3) for x in table["R2 of the quadratic (1)"]],
     })  # fmt: skip
-    return to_html(shown, "Rise of the loss at the edge along v₁, nats/token; asymmetry: odd part over even part of the measured rise, 0 for a valley; R²: of slope and curvature in both directions over the whole grid, below 0 where one height for all would tell more")
+    return to_html(shown, "Rise of the loss at the edge along v₁, nats/token; asymmetry: odd part over even part of the measured rise, 0 for a valley; R²: of slope and curvature in both directions over the whole grid, below 0 where one height for all would tell more", [[f"landscape/{r.model}/{r.arm}/seed{r.seed}"] for r in table.itertuples()])
 
 # %% ../../nbs/geometry/92_carriers.ipynb #8a5e0026
 def timeline_table(run: Run) -> pd.DataFrame:
@@ -197,7 +197,7 @@ def shown_timeline(table: pd.DataFrame) -> Html:
     return to_html(pd.DataFrame({
         "model": table.model, "arm": table.arm, "seed": table.seed, "weights": at, "λ₁": [number(x, 4) for x in table["lambda_1 (nats)"]], "residual": [f"{x:.0e}" for x in table["residual (1)"]],
         "loss": [number(x, 3) for x in table["loss (nats/token)"]], "‖∇L‖": [number(x, 2) for x in table["gradient norm (nats)"]], "‖θ − θ₀‖": [number(x, 3) for x in table["distance from the start"]], "tokens": table.scored_tokens,
-    }), "Own target, first subset; λ₁ in nats, loss in nats/token; θ₀: the weights that the arm starts from")  # fmt: skip
+    }), "Own target, first subset; λ₁ in nats, loss in nats/token; θ₀: the weights that the arm starts from", [[f"timeline/{r.model}/{r.arm}/seed{r.seed}"] for r in table.itertuples()])  # fmt: skip
 
 # %% ../../nbs/geometry/92_carriers.ipynb #6973f375
 def run_carriers(run: Run) -> dict[str, object]:  # name -> table or figure

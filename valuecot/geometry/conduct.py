@@ -21,7 +21,7 @@ from ..judge.planted import RULES, grade
 from ..stats import correlation, holm, mean_se, permutation_test, wilson
 from ..store import read_json
 from ..types import Run
-from ..view.gather import collect, save_figures, sources, write_table
+from ..view.gather import collect, runs_of, save_figures, sources, write_table
 from ..view.panel import shares, stepped
 from ..view.tables import MISSING, Html, missing, number, span, to_html, with_se
 from ..view.theme import Figure
@@ -103,7 +103,7 @@ def behaviour_table(run: Run) -> pd.DataFrame:
     rows, found = collect(run, "behaviour", lambda folder: read_json(folder / "behaviour.json")), []
     for (model, arm, by, measure), part in rows.groupby(["model", "arm", "by", "measure"], sort=False):
         own, kind = part[~part["value"].map(missing)], part["kind"].iloc[0]
-        row = {"model": model, "arm": arm, "by": by, "measure": measure, "kind": kind, "value": None, "se": None, "low_95": None, "high_95": None, "n": int(part["n"].mean()), "seeds": part["seed"].nunique(), "over": "seeds" if len(own) > 1 else "prompts"}
+        row = {"model": model, "arm": arm, "by": by, "measure": measure, "kind": kind, "value": None, "se": None, "low_95": None, "high_95": None, "n": int(part["n"].mean()), "seeds": part["seed"].nunique(), "over": "seeds" if len(own) > 1 and kind != "rate" else "prompts"}
         if len(own):
             row["value"] = float(own["value"].mean())
             if kind == "rate":
@@ -230,7 +230,7 @@ def shown_cooling(run: Run, table: pd.DataFrame) -> Html:
         "no token has half, first third": [of(c, "undecided", "third", 1) for c in cells], "last third  ": [of(c, "undecided", "third", 3) for c in cells],
         "n": [f"{int(slope.loc[c, 'n'])} {slope.loc[c, 'over']}" if c in slope.index else "0" for c in cells],
     })  # fmt: skip
-    return to_html(found, "target: the text that the arm learnt from; own: its own well-formed samples. Slope: nats from the beginning of the reasoning to its end, below 0 it cools. SE over what n counts")
+    return to_html(found, "target: the text that the arm learnt from; own: its own well-formed samples. Slope: nats from the beginning of the reasoning to its end, below 0 it cools. SE over what n counts", [runs_of(run, "annealing", model=c[0], arm=c[1]) for c in cells])
 
 
 def shown_contrasts(run: Run, table: pd.DataFrame) -> Html:
@@ -239,7 +239,7 @@ def shown_contrasts(run: Run, table: pd.DataFrame) -> Html:
         "model": table.model, "text": table.text, "arm": labelled(run, table.arm), "its slope": table["slope (nats)"].map(lambda x: number(x, 3)), "slope of standard": table["slope of standard (nats)"].map(lambda x: number(x, 3)),
         "difference (95 %)": [f"{number(d, 3)} ({number(low, 3)} to {number(high, 3)})" for d, low, high in table[["difference", "low_95", "high_95"]].to_numpy(dtype=float).tolist()], "p": table["p"].map(lambda x: number(x, 2)), "smallest p": table["smallest p"].map(lambda x: number(x, 2)), "prompts": table.prompts,
     })  # fmt: skip
-    return to_html(found, "Slope of entropy (nats) less that of the standard arm, paired by prompt; t interval; p by flipping signs, and the smallest that so many prompts can give")
+    return to_html(found, "Slope of entropy (nats) less that of the standard arm, paired by prompt; t interval; p by flipping signs, and the smallest that so many prompts can give", [[*runs_of(run, "annealing", model=r.model, arm=r.arm), *runs_of(run, "annealing", model=r.model, arm=REFERENCE)] for r in table.itertuples()])
 
 
 def shown_commitment(run: Run, table: pd.DataFrame, kind: str) -> Html | None:  # None: no such cuts
