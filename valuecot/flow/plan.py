@@ -20,8 +20,8 @@ from ..types import Arm
 
 # %% auto #0
 __all__ = ['DATASETS', 'Stage', 'declaration', 'stages', 'Job', 'split_cell', 'Study', 'Plan', 'named_files', 'key_of', 'forget',
-           'left', 'others', 'why', 'mark', 'put_in_order', 'key_file', 'find_job', 'absent', 'companion_stale',
-           'companion_key']
+           'read_once', 'card_of', 'left', 'others', 'why', 'mark', 'put_in_order', 'key_file', 'find_job', 'absent',
+           'companion_stale', 'companion_key']
 
 # %% ../../nbs/flow/12_plan.ipynb #0ec2cc04
 @dataclass(frozen=True)
@@ -276,11 +276,24 @@ def forget() -> None:
         cached.cache_clear()
 
 
+@cache
+def read_once(file: Path, stamp: tuple[int, int]) -> tuple[dict, str]:  # stamp: of time and size
+    "A run.json, and the hash of what its run left."
+    card = read_json(file)
+    return card, digest(card.get("files"))
+
+
+def card_of(file: Path) -> tuple[dict, str]:
+    "The same, read again where the file changed: a study asks for each of them thousands of times."
+    stat = file.stat()
+    return read_once(file, (stat.st_mtime_ns, stat.st_size))
+
+
 def left(file: Path) -> str:  # run.json -> digest; "" where there is none
     "Hash of what a run left, as it says itself."
     try:
-        return digest(read_json(file)["files"]) if file.exists() else ""
-    except (ValueError, KeyError, TypeError):
+        return card_of(file)[1] if file.exists() else ""
+    except (ValueError, AttributeError):
         return ""
 
 
@@ -296,9 +309,9 @@ def why(plan: Plan, job: Job) -> str:  # "" if it is up to date
     if not file.exists():
         return "never completed"
     try:
-        card = read_json(file)
+        card, _ = card_of(file)
         old, new = card.get("key", {}), plan.key(job)
-    except ValueError:
+    except (ValueError, AttributeError):
         return "its run.json is damaged"
     found = [part for part in new if old.get(part) != new[part]]
     if "inputs" not in found and others(plan, job, card):
