@@ -91,7 +91,7 @@ def test_the_table_of_splits_varies_one_level(seeds, subsets, over, n):
 def test_a_corner_that_is_missing_or_negative_gives_no_split():
     assert carriers.split_table(matrix_rows({k: v for k, v in FOUR.items() if k != ("standard", "standard/response")})).empty
     assert carriers.split_table(matrix_rows(FOUR | {("base", "standard/response"): -1.0})).empty
-    assert "nothing to split" in carriers.shown_split(carriers.split_table(matrix_rows({k: v for k, v in FOUR.items() if k[0] == "base"}))).text
+    assert "nothing to split" in carriers.shown_split(None, carriers.split_table(matrix_rows({k: v for k, v in FOUR.items() if k[0] == "base"}))).text
 
 
 def test_arms_on_different_tokens_are_refused():

@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from valuecot.companion.pages import clean
+from valuecot.companion.safe import clean
 from valuecot.training.models import train_tokenizer
 from valuecot.training.pieces import decoded, pieces
 from valuecot.view.theme import PALETTE

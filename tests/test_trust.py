@@ -183,7 +183,7 @@ def test_a_text_without_a_licence_is_shown_at_home_and_in_no_byte_of_an_export(t
     site = tmp_path / "site"
     for text in (PLANTED, REPLY, SHORT + " " * 20):
         assert holding(site, text.strip()) == [] or text.startswith(SHORT)
-    everything = "\n".join(letters(layer.decode("utf-8", "replace")) for p in site.rglob("*") if p.is_file() and "_static" not in p.parts for layer in checks.layers(p.name, p.read_bytes()))
+    everything = "\n".join(letters(layer.decode("utf-8", "replace")) for p in site.rglob("*") if p.is_file() and not {"_static", "concepts", "reference"} & set(p.parts) for layer in checks.layers(p.name, p.read_bytes()))
     assert letters(SHORT) not in everything and letters("Short one") not in everything
     report = (site / "runs/geometry/report.html").read_text()
     assert report.count("Withheld from this export: geometry: its prompts come from a folder of the user") >= 7 and "SHA-256" in report
@@ -203,7 +203,7 @@ def test_an_export_that_would_leak_leaves_nothing(tmp_path, monkeypatch):
     profile = folder_profile(tmp_path / "outputs")
     monkeypatch.setattr(export, "safe_output", lambda output, texts, why: output)
 
-    def small(source, site):  # in place of Sphinx
+    def small(source, site, of):  # in place of Sphinx
         site.mkdir()
         for file in source.rglob("run.ipynb"):
             (site / f"{file.parent.name}.html").write_text("".join(export.strings(json.loads(file.read_text()))))

@@ -321,6 +321,7 @@ def tree(
 
 
 def package_docname(package: str) -> str:
+    "Page that lists the notebooks of a package."
     return f"concepts/{package}/index"
 
 
