@@ -10,6 +10,7 @@ import subprocess
 import time
 import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -169,6 +170,12 @@ def holding(site: Path, text: str) -> list[str]:
         if any(part in text for part in parts for text in seen):
             found.append(file.relative_to(site).as_posix())
     return found
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    "Exports without the pages of notebooks, which take a minute and hold no text of anybody."
+    monkeypatch.setattr(export, "build", partial(pages.build, overrides="companion.notebooks=no"))
 
 
 def test_a_text_without_a_licence_is_shown_at_home_and_in_no_byte_of_an_export(tmp_path, capsys, monkeypatch):
