@@ -26,7 +26,6 @@ from ..stats import crossed
 from ..stats.crossed import satterthwaite
 from ..store import read_records
 from ..view.efficiency import published_curves, published_lines
-from ..view.tables import missing
 
 # %% auto #0
 __all__ = ['Runs', 'BENCHMARKS', 'ROWS', 'DESIGN', 'steered', 'OTHERS', 'ORDER', 'LOOKS', 'SLIGHT', 'T', 'MP', 'STEERABLE',
