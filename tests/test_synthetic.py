@@ -177,7 +177,7 @@ def test_teachers_touch_the_arms_that_learn_from_them_and_no_other():
     alone = {job for job in without if job.stage not in ("faithfulness", "moderation")}  # those look at every arm
     assert all(without[job] == with_them[job] for job in alone)
     changed = {(job.stage, job.arm) for job in with_them if with_them[job] != dearer[job]}
-    assert changed == {("synthetic", "all"), ("sft", "synthetic-cot"), ("answers", "synthetic-cot"), ("probes", "synthetic-cot"), ("faithfulness", "all"), ("moderation", "all")}
+    assert changed == {("synthetic", "all"), ("sft", "synthetic-cot"), ("answers", "synthetic-cot"), ("probes", "synthetic-cot"), ("spectrum", "synthetic-cot"), ("faithfulness", "all"), ("moderation", "all")}
 
 
 def test_the_page_shows_both_passes(tmp_path):
