@@ -1231,6 +1231,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'valuecot.flow.plan.declaration': ('flow/plan.html#declaration', 'valuecot/flow/plan.py'),
                                     'valuecot.flow.plan.find_job': ('flow/plan.html#find_job', 'valuecot/flow/plan.py'),
                                     'valuecot.flow.plan.forget': ('flow/plan.html#forget', 'valuecot/flow/plan.py'),
+                                    'valuecot.flow.plan.inputs_of': ('flow/plan.html#inputs_of', 'valuecot/flow/plan.py'),
                                     'valuecot.flow.plan.key_file': ('flow/plan.html#key_file', 'valuecot/flow/plan.py'),
                                     'valuecot.flow.plan.key_of': ('flow/plan.html#key_of', 'valuecot/flow/plan.py'),
                                     'valuecot.flow.plan.left': ('flow/plan.html#left', 'valuecot/flow/plan.py'),

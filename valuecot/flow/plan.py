@@ -19,9 +19,9 @@ from ..store import digest, hash_file, hash_folder, read_json, write_text
 from ..types import Arm
 
 # %% auto #0
-__all__ = ['DATASETS', 'Stage', 'declaration', 'stages', 'Job', 'split_cell', 'Study', 'Plan', 'named_files', 'key_of', 'forget',
-           'read_once', 'card_of', 'left', 'others', 'why', 'mark', 'put_in_order', 'key_file', 'find_job', 'absent',
-           'companion_stale', 'companion_key']
+__all__ = ['DATASETS', 'Stage', 'declaration', 'stages', 'Job', 'split_cell', 'Study', 'Plan', 'named_files', 'inputs_of',
+           'key_of', 'forget', 'read_once', 'card_of', 'left', 'others', 'why', 'mark', 'put_in_order', 'key_file',
+           'find_job', 'absent', 'companion_stale', 'companion_key']
 
 # %% ../../nbs/flow/12_plan.ipynb #0ec2cc04
 @dataclass(frozen=True)
@@ -194,13 +194,7 @@ class Plan(Study):
 
     def inputs(self, job: Job) -> list[Job]:
         "Jobs that must be complete before `job`."
-        arm = self.stages[job.stage].like if job.arm == "all" else job.arm
-        start = self.settings[f"arm.{arm}"].start if arm else ""
-        found = []
-        for stage in self.needs(job):
-            variant = f"{job.model}-{start}" if start and stage.levels == ("model",) else job.model
-            found += self.expand(stage, {"model": variant, "dataset": job.dataset, "arm": job.arm, "seed": job.seed})
-        return list(dict.fromkeys(found + self.named(job)))
+        return inputs_of(self, job)
 
     def jobs(self) -> list[Job]:
         "Every job, each after its inputs; a stage of both studies runs where one of this study needs it."
@@ -259,6 +253,18 @@ def named_files(settings: Settings) -> dict[str, str]:  # "section.key/file" -> 
 
 
 @cache
+def inputs_of(plan: Plan, job: Job) -> list[Job]:
+    "Jobs that must be complete before `job`."
+    arm = plan.stages[job.stage].like if job.arm == "all" else job.arm
+    start = plan.settings[f"arm.{arm}"].start if arm else ""
+    found = []
+    for stage in plan.needs(job):
+        variant = f"{job.model}-{start}" if start and stage.levels == ("model",) else job.model
+        found += plan.expand(stage, {"model": variant, "dataset": job.dataset, "arm": job.arm, "seed": job.seed})
+    return list(dict.fromkeys(found + plan.named(job)))
+
+
+@cache
 def key_of(plan: Plan, job: Job) -> dict[str, str]:
     "Parts of the rerun key, each a short hash."
     stage, settings = plan.stages[job.stage], plan.reads(job)
@@ -272,7 +278,7 @@ def key_of(plan: Plan, job: Job) -> dict[str, str]:
 
 def forget() -> None:
     "Read code and folders anew at the next question."
-    for cached in (fingerprint, imported, stages, key_of):
+    for cached in (fingerprint, imported, stages, inputs_of, key_of):
         cached.cache_clear()
 
 
