@@ -16,7 +16,7 @@ import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
-from valuecot.flow.plan import Plan
+from valuecot.flow.plan import Plan, left
 from valuecot.flow.run import begin, locked, provenance
 from valuecot.geometry.prompts import run_prompts
 from valuecot.geometry.traces import run_traces
@@ -221,6 +221,11 @@ def test_files_that_the_run_did_not_leave_stay(copied):
     with pytest.raises(ValueError, match="extra.bin is not as its run left it"):
         look()
     write_json(copied / MODEL / "run.json", run | {"files": run["files"] | {"model/extra.bin": hash_file(copied / MODEL / "model" / "extra.bin")}})
+    with pytest.raises(ValueError, match="samples/llama/standard/seed0 of profile test is stale"):  # the checkpoint that they came of was another
+        look()
+    later = copied / "samples/llama/standard/seed0/run.json"
+    had = read_json(later)
+    write_json(later, had | {"input_files": had["input_files"] | {MODEL: left(copied / MODEL / "run.json")}})
     with pytest.raises(ValueError, match="neither weights in safetensors nor a text"):
         look()
 

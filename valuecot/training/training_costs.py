@@ -448,14 +448,17 @@ class Row(Shown):
 
 
 def study_jobs(settings: Settings) -> list[Job]:
-    "Trainings of the study under these settings."
-    return [job for job in Plan(settings.profile, "geometry", settings.overrides).jobs() if job.stage in STAGES]
+    "Trainings of the study under these settings: by stage and model, then as the arms stand in the settings."
+    plan = Plan(settings.profile, "geometry", settings.overrides)
+    found = [job for job in plan.jobs() if job.stage in STAGES]
+    stages, models, arms = list(STAGES), list(dict.fromkeys(job.model for job in found)), ["all", *plan.registry]
+    return sorted(found, key=lambda job: (stages.index(job.stage), models.index(job.model), arms.index(job.arm)))
 
 
 def rows(given: Given) -> list[Row]:
     "Stages in order, models, arms."
     groups: dict[tuple[str, str, Cost], list[Job]] = {}
-    for job in sorted(study_jobs(given.settings), key=lambda job: list(STAGES).index(job.stage)):
+    for job in study_jobs(given.settings):
         groups.setdefault((job.stage, job.model, STAGES[job.stage](given, job.model, job.arm)), []).append(job)
     return [Row(stage, model, tuple(dict.fromkeys(job.arm for job in jobs)), len(jobs), cost) for (stage, model, cost), jobs in groups.items()]
 
