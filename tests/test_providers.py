@@ -1014,7 +1014,7 @@ def test_a_key_is_in_no_file_of_a_study(prompts_only, monkeypatch):
         done = subprocess.run([sys.executable, "-c", FORKED, overrides], capture_output=True, text=True)
         assert done.returncode == 0 and KEY not in done.stdout + done.stderr, done.stdout + done.stderr
         assert told()["headers"][-1].get("Authorization") == f"Bearer {KEY}"
-        pages.build(prompts_only / "test")
+        pages.build(prompts_only / "test", None, "companion.notebooks=no")
     files = [p for p in prompts_only.rglob("*") if p.is_file()]
     assert {p.suffix for p in files} >= {".sqlite", ".gz", ".parquet", ".ipynb", ".html", ".json", ".jsonl", ".csv"}
     said = {p: unpacked(p) for p in files}

@@ -81,7 +81,7 @@ def compared(a: Sequence[float], b: Sequence[float]) -> dict[str, object]:  # pa
 
 
 def contrasts(run: Run) -> pd.DataFrame:
-    "Slope of every thinking arm less that of the standard arm, paired by prompt."
+    "Slope of every thinking arm less that of the standard arm, paired by prompt; Holm over all of them."
     rows, found = slopes(run), []
     for (model, text), part in rows.groupby(["model", "text"], sort=False):
         wide = part.pivot(index="prompt_id", columns="arm", values="slope")
@@ -89,7 +89,8 @@ def contrasts(run: Run) -> pd.DataFrame:
             both = wide[[arm, REFERENCE]].dropna()
             if len(both):
                 found.append({"model": model, "text": text, "arm": arm, "slope (nats)": both[arm].mean(), "slope of standard (nats)": both[REFERENCE].mean(), **compared(both[arm].tolist(), both[REFERENCE].tolist())})
-    return pd.DataFrame(found)
+    corrected = holm({str(i): row["p"] for i, row in enumerate(found) if row["p"] == row["p"]})
+    return pd.DataFrame([{**row, "p, Holm": corrected.get(str(i), math.nan)} for i, row in enumerate(found)])
 
 # %% ../../nbs/geometry/94_conduct.ipynb #b53fc8f8
 LABELS = {
@@ -237,9 +238,9 @@ def shown_contrasts(run: Run, table: pd.DataFrame) -> Html:
     "Slope against the standard arm's."
     found = pd.DataFrame({
         "model": table.model, "text": table.text, "arm": labelled(run, table.arm), "its slope": table["slope (nats)"].map(lambda x: number(x, 3)), "slope of standard": table["slope of standard (nats)"].map(lambda x: number(x, 3)),
-        "difference (95 %)": [f"{number(d, 3)} ({number(low, 3)} to {number(high, 3)})" for d, low, high in table[["difference", "low_95", "high_95"]].to_numpy(dtype=float).tolist()], "p": table["p"].map(lambda x: number(x, 2)), "smallest p": table["smallest p"].map(lambda x: number(x, 2)), "prompts": table.prompts,
+        "difference (95 %)": [f"{number(d, 3)} ({number(low, 3)} to {number(high, 3)})" for d, low, high in table[["difference", "low_95", "high_95"]].to_numpy(dtype=float).tolist()], "p": table["p"].map(lambda x: number(x, 2)), "smallest p": table["smallest p"].map(lambda x: number(x, 2)), "p, Holm": table["p, Holm"].map(lambda x: number(x, 2)), "prompts": table.prompts,
     })  # fmt: skip
-    return to_html(found, "Slope of entropy (nats) less that of the standard arm, paired by prompt; t interval; p by flipping signs, and the smallest that so many prompts can give", [[*runs_of(run, "annealing", model=r.model, arm=r.arm), *runs_of(run, "annealing", model=r.model, arm=REFERENCE)] for r in table.itertuples()])
+    return to_html(found, "Slope of entropy (nats) less that of the standard arm, paired by prompt; t interval; p by flipping signs, the smallest that so many prompts can give, and Holm over this table", [[*runs_of(run, "annealing", model=r.model, arm=r.arm), *runs_of(run, "annealing", model=r.model, arm=REFERENCE)] for r in table.itertuples()])
 
 
 def shown_commitment(run: Run, table: pd.DataFrame, kind: str) -> Html | None:  # None: no such cuts

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCORES', 'READ', 'percent', 'score_line', 'shown_scores', 'accuracy_rows', 'accuracy_lines', 'accuracy_figure',
            'cell', 'shown_confusions', 'shown_comparisons', 'comparison_caption', 'shown_gains', 'shown_ceilings',
-           'shown_readings']
+           'shown_readings', 'behind', 'of_methods']
 
 # %% ../../nbs/view/77_shown.ipynb #7f57487f
 import html
@@ -145,3 +145,27 @@ def shown_readings(settings: Settings, table: pd.DataFrame) -> pd.DataFrame:
         changed = f" ({r['n_changed']} read otherwise)" if r["n_changed"] else ""
         lines.setdefault(named(settings, r), {})[READ[r["reading"]]] = percent(r["accuracy"]) + changed
     return pd.DataFrame([{"method": name, **cells} for name, cells in lines.items()])
+
+# %% ../../nbs/view/77_shown.ipynb #5b1e07ab
+def behind(dataset: str, row: Mapping) -> list[str]:  # model, arm, seed; also of `compared` or `gains`
+    "Runs that a line of a table about methods was computed from."
+    found = made_by(dataset, row)
+    if row.get("against"):
+        found = found + made_by(dataset, {"model": row["against model"], "arm": row["against"], "seed": row["seed"]})
+    if not missing(row.get("gain")):
+        found = found + made_by(dataset, {**row, "arm": f"{row['arm']}-blind"})
+    return found
+
+
+def of_methods(
+    settings: Settings,
+    dataset: str,
+    table: pd.DataFrame,  # as computed: model, arm, seed
+    shown: pd.DataFrame,  # as a reader sees it: method
+    caption: str,
+) -> Html:
+    "A table whose first column names methods, each line with its runs."
+    by: dict[str, dict[str, None]] = {}
+    for row in table.to_dict("records"):
+        by.setdefault(named(settings, row), {}).update(dict.fromkeys(behind(dataset, row)))
+    return to_html(shown, caption, [list(by[method]) for method in shown["method"]])
