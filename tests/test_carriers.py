@@ -331,7 +331,8 @@ def test_the_tokens_sum_to_the_eigenvalue_that_the_spectrum_saved(outputs, arm):
     assert names == {"base": {"response"}, "standard": {"reasoning", "response"}, "annealing": {"headers", "explore", "cool", "converge", "response"}}[arm]
     lines = [json.loads(line) for line in (folder(outputs, "attribution", arm) / "tokens.jsonl").read_text().splitlines()]
     prompts, traces = read_traces(outputs / "test/geometry/prompts/all/all/all", outputs / "test/geometry/traces/all/all/all")
-    written = {t.prompt_id: t for t in traces if t.style == load("test")[f"arm.{arm}"].target}
+    target = load("test")[f"arm.{arm}"].target
+    written = {t.prompt_id: t for t in traces if t.style == target}
     for line in lines:
         assert len(line["pieces"]) == len(line["shares"]) == len(line["groups"]) and written[line["prompt_id"]].response in "".join(line["pieces"])
     assert sum(sum(line["shares"]) for line in lines) == pytest.approx(1, abs=1e-9)

@@ -227,6 +227,7 @@ def test_the_plan_counts_the_processes_of_policies_alone(quick):
     assert {stage: by[1][stage].seconds / by[2][stage].seconds for stage in by[1]} == pytest.approx({"base_model": 1, "reward_model": 1, "sft": 2, "grpo": 2, "samples": 1})
 
 
+@pytest.mark.prove  # a minute and a half of tensors that hold nothing; the notebook plans models of the same kinds
 def test_the_papers_models_are_planned_without_weights_or_network(quick, monkeypatch):
     def refused(*args, **kwargs):
         raise AssertionError("the plan opened a connection")
