@@ -248,7 +248,7 @@ def test_figures_share_one_local_plotly(site):
     assert len(specs) == 4
     for spec in map(json.loads, specs):
         assert spec["data"] and spec["layout"]["meta"]["alt"]
-    twins = re.findall(r'<img alt="([^"]+)" src="data:image/png;base64,([^"]+)">', report)
+    twins = re.findall(r'<img alt="([^"]+)" src="data:image/(?:png|webp);base64,([^"]+)">', report)
     assert len(twins) == 4 and all(alt and png for alt, png in twins)
     assert "plotly.min.js" not in report  # figures.js loads it when a figure comes near
     assert "@media print" in read(site, "_static/print.css")

@@ -467,6 +467,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'valuecot.companion.safe.made_by': ('companion/safe.html#made_by', 'valuecot/companion/safe.py'),
                                          'valuecot.companion.safe.markdown_html': ( 'companion/safe.html#markdown_html',
                                                                                     'valuecot/companion/safe.py'),
+                                         'valuecot.companion.safe.picture': ('companion/safe.html#picture', 'valuecot/companion/safe.py'),
                                          'valuecot.companion.safe.read_cells': ( 'companion/safe.html#read_cells',
                                                                                  'valuecot/companion/safe.py'),
                                          'valuecot.companion.safe.read_notebook': ( 'companion/safe.html#read_notebook',
