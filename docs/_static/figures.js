@@ -30,6 +30,24 @@
     });
   }
 
+  function columns(layout) {  // panels side by side
+    const starts = Object.keys(layout).filter(function (k) { return /^(scene|xaxis)\d*$/.test(k); }).map(function (k) {
+      return ((layout[k].domain || {}).x || layout[k].domain || [0])[0];
+    });
+    return new Set(starts).size;
+  }
+
+  function fit(figure, plot, layout) {  // panels keep a width that can be read; on a narrow screen they scroll sideways
+    const many = columns(layout);
+    if (many > 1) plot.style.minWidth = 90 + 210 * many + "px";
+    figure.style.overflowX = many > 1 ? "auto" : "";
+  }
+
+  function reachable(figure) {  // by arrow keys
+    if (figure.scrollWidth > figure.clientWidth + 1) figure.tabIndex = 0;
+    else figure.removeAttribute("tabindex");
+  }
+
   function draw(figure) {
     if (figure.dataset.state) return;
     figure.dataset.state = "drawing";
@@ -38,8 +56,10 @@
       const plot = figure.querySelector(".vc-plot");
       spec.layout.font = Object.assign({}, spec.layout.font, { color: ink() });
       figure.classList.add("live");
-      return Plotly.newPlot(plot, spec.data, spec.layout, { responsive: true, displaylogo: false, typesetMath: false }).then(function () {
+      fit(figure, plot, spec.layout);
+      return Plotly.newPlot(plot, spec.data, spec.layout, { responsive: true, displaylogo: false, typesetMath: false, displayModeBar: window.innerWidth < 600 ? false : "hover" }).then(function () {
         figure.dataset.state = "drawn";
+        reachable(figure);
         const scenes = (spec.layout.meta || {}).linked;
         if (scenes && scenes.length > 1) link(plot, scenes);
       });
