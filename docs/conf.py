@@ -1,9 +1,10 @@
 """Sphinx configuration of the companion. `valuecot.companion.pages` copies this folder, adds the pages, and builds; nothing here runs a notebook."""
 
+import re
 from pathlib import Path
 
 from pygments.formatters import HtmlFormatter
-from pygments.token import Comment, Keyword, Literal, Name, Text
+from pygments.token import Comment, Keyword, Name, String, Text
 from sphinx.highlighting import PygmentsBridge
 
 from valuecot.companion.safe import guard
@@ -46,24 +47,44 @@ html_theme_options = {
     "use_repository_button": False,
 }
 html_copy_source = False
+html_use_index = html_domain_indices = False  # the reference lists every name under its module, and the search finds it
 html_show_sourcelink = False
 html_show_copyright = False
 html_show_sphinx = False
 
 
 class Sparing(HtmlFormatter):
-    "Code in which plain names, signs and blanks have no mark of their own: they look the same, and a page is half as long."
+    "Code in which keywords, strings, comments and what is defined are marked, and nothing else: a page is half as long."
 
     def format_unencoded(self, tokens, outfile):
-        marked = Comment, Keyword, Literal, Name.Function, Name.Class, Name.Decorator, Name.Namespace, Name.Builtin
-        kept = ((kind if any(kind in family for family in marked) else Text, text) for kind, text in tokens)
+        marked = Comment, Keyword, String, Name.Function, Name.Class, Name.Decorator
+        kept = ((next((family for family in marked if kind in family and kind not in String.Interpol), Text), text) for kind, text in tokens)
         super().format_unencoded(kept, outfile)
 
 
 PygmentsBridge.html_formatter = Sparing
 
 
+AS_WRITTEN = re.compile(r"(<(pre|textarea|script|style)\b.*?</\2>)", re.DOTALL)
+ICONS = re.compile(r"<(?:script|link)\b[^>]*fontawesome\.js[^>]*>(?:</script>)?")  # the icons once more, as 1.5 MB of script: the style sheet draws them from its font
+
+
+def shortened(page: str) -> str:
+    "A page without the theme's empty lines and indents."
+    parts = AS_WRITTEN.split(ICONS.sub("", page))  # text, what stays, its tag, text, ...
+    return "".join(re.sub(r"[ \t]*\n\s*", "\n", part) if i % 3 == 0 else part for i, part in enumerate(parts) if i % 3 < 2)
+
+
+def slim(app, error):
+    "Leave out what nobody reads; the theme's source maps, 3.5 MB, serve only who debugs the theme."
+    static = Path(app.outdir, "_static")
+    for file in (f for name in ("*.map", "*.po", "*.mo", "fontawesome.js") for f in static.rglob(name)):
+        file.unlink()
+    for file in Path(app.outdir).rglob("*.html"):
+        file.write_text(shortened(file.read_text(encoding="utf-8")), encoding="utf-8")
+
+
 def setup(app):
-    "What a page may not do is taken out before pictures and downloads are collected; the theme's source maps, 3.5 MB, serve only who debugs the theme."
+    "What a page may not do is taken out before pictures and downloads are collected."
     app.connect("doctree-read", guard, priority=100)
-    app.connect("build-finished", lambda app, error: [p.unlink() for p in Path(app.outdir, "_static").rglob("*.map")])
+    app.connect("build-finished", slim)

@@ -141,7 +141,7 @@ def chosen(site: Path) -> list[Path]:
         sorts.setdefault(parts[:3] if parts[0] == "runs" else parts, page)
         if page.name == "index.html":
             sorts[(*parts[:3], "index")] = page
-    keep = ("index.html", "references.html", "search.html", "genindex.html", "report.html")
+    keep = ("index.html", "references.html", "search.html", "report.html")
     some = {("runs", "geometry", stage) for stage in ("audit", "arms", "spectrum", "grpo")} | {("runs", "steerable", stage) for stage in ("faithfulness", "prompts")}
     return [page for sort, page in {page: (sort, page) for sort, page in sorts.items()}.values() if page.relative_to(site).as_posix() in keep or page.name == "report.html" or sort[:3] in some]
 

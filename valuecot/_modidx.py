@@ -296,6 +296,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'valuecot.companion.pages.listed': ('companion/pages.html#listed', 'valuecot/companion/pages.py'),
                                           'valuecot.companion.pages.main': ('companion/pages.html#main', 'valuecot/companion/pages.py'),
                                           'valuecot.companion.pages.notice': ('companion/pages.html#notice', 'valuecot/companion/pages.py'),
+                                          'valuecot.companion.pages.packed': ('companion/pages.html#packed', 'valuecot/companion/pages.py'),
                                           'valuecot.companion.pages.page_notebook': ( 'companion/pages.html#page_notebook',
                                                                                       'valuecot/companion/pages.py'),
                                           'valuecot.companion.pages.raw_html': ( 'companion/pages.html#raw_html',

@@ -5,11 +5,17 @@
   const here = document.currentScript.src.replace(/[^/]*$/, "");
   let library = null;
 
+  function run(code) {
+    const script = document.createElement("script");
+    script.textContent = code;
+    document.head.appendChild(script);
+  }
+
   function load() {
     library = library || new Promise(function (done, failed) {
       const script = document.createElement("script");
       script.src = here + "plotly.min.js";
-      script.onload = function () { done(window.Plotly); };
+      script.onload = function () { window.plotlyPacked.then(run).then(function () { done(window.Plotly); }, failed); };
       script.onerror = failed;
       document.head.appendChild(script);
     });

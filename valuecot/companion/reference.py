@@ -323,7 +323,7 @@ def index_page(
         first = min(own, key=lambda m: m.name.count("."))
         asked = first.question if first.name == f"valuecot.{package}" else " ".join(m.question for m in own[:2])
         rows.append(f"| [{package}]({package}.md) | {prose(asked)} | {sum(e.kind != 'import' for m in own for e in m.entries)} |")
-    words = "Every public name, read from the source: comments beside a parameter give its shape and unit, the comment after an arrow those of the result. {ref}`All names <genindex>` and {ref}`all modules <modindex>` are listed too, and the search finds each by name."
+    words = "Every public name, read from the source: comments beside a parameter give its shape and unit, the comment after an arrow those of the result. The search finds each by name."
     toctree = "```{toctree}\n:hidden:\n\n" + "\n".join(f"/reference/{p}" for p in packages) + "\n```"
     return "\n\n".join(["# API reference", words, "\n".join(rows), toctree]) + "\n"
 
