@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from valuecot.companion.claims import Claim, Effect, at_most, log_ratio, printed_difference, together, verdicts, word
+from valuecot.companion.claims import Claim, Effect, at_most, log_ratio, printed_difference, reason, together, verdicts, word
 from valuecot.companion.geometry_claims import GEOMETRY
 from valuecot.companion.ledger import CLAIMS, claim_section, counts, ledger, ledger_table, told, verdict_table
 from valuecot.companion.lineage import Hashes, complete_runs, lineage, stale_among
@@ -106,6 +107,7 @@ def test_smallness_is_what_is_left_below_a_bound():
 
 def test_ratios_are_told_as_ratios_and_digits_follow_the_interval():
     assert told(replace(CLEAR, value=math.log(3.0347), low=math.log(2.81), high=math.log(3.26))) == "× 3.0 (2.8 to 3.3)"
+    assert told(replace(CLEAR, value=math.log(6.2), low=math.log(0.18), high=math.log(302))) == "× 6.2 (0.18 to 302)", "a ratio is never 0"
     assert told(replace(CLEAR, unit="points", value=4.0, low=3.21, high=4.77)) == "4.0 (3.2 to 4.8) points"
     assert told(replace(CLEAR, value=math.nan)) == "–"
 
@@ -281,6 +283,12 @@ def test_rows_figures_and_links_of_stale_runs_are_marked():
     assert "would come out otherwise today" in run_card(bad, [bad]) and "otherwise" not in run_card(good, [good])
 
 
+def test_an_interval_without_width_decides_nothing_and_says_so():
+    flat = replace(CLEAR, value=-70.0, low=-70.0, high=-70.0, note="never reached")
+    assert word(flat, 0.0, math.nan) == "undecided"
+    assert reason(CLAIMS[0], "undecided", [flat]) == "nothing says how far it moves: never reached"
+
+
 def test_claims_are_text_on_a_page_and_rows_in_a_table():
     lines = ledger({}, PAPER)
     hostile = replace(lines[0].claim, says="</td><script>alert(1)</script>", quote="<img src=x onerror=alert(1)>")
@@ -299,6 +307,9 @@ def test_the_first_page_is_the_ledger(outputs):
     assert "Do these claims hold?" in page and page.index("vc-ledger") < page.index("All runs")
     assert (site / "claims.html").exists() and 'id="g1"' in (site / "claims.html").read_text()
     assert list((site / "_downloads").rglob("claims.csv"))
+    for name in ("index.html", "claims.html"):
+        leads = set(re.findall(r'href="([^"#:]+\.html)', (site / name).read_text()))
+        assert any("runs/geometry/spectrum" in lead for lead in leads) and not [lead for lead in leads if not (site / lead).exists()], name
 
 
 # ---- a record for git

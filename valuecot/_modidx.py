@@ -42,6 +42,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'valuecot/companion/claims.py'),
                                            'valuecot.companion.claims.reason': ( 'companion/claims.html#reason',
                                                                                  'valuecot/companion/claims.py'),
+                                           'valuecot.companion.claims.spread': ( 'companion/claims.html#spread',
+                                                                                 'valuecot/companion/claims.py'),
                                            'valuecot.companion.claims.together': ( 'companion/claims.html#together',
                                                                                    'valuecot/companion/claims.py'),
                                            'valuecot.companion.claims.verdicts': ( 'companion/claims.html#verdicts',

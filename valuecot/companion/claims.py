@@ -16,8 +16,8 @@ from ..stats import Crossed, holm
 from ..types import Shown
 
 # %% auto #0
-__all__ = ['Measure', 'Printed', 'Word', 'Effect', 'effect_of', 'Claim', 'word', 'together', 'Verdict', 'reason', 'corrected',
-           'verdicts', 'log_ratio', 'weakest', 'printed_difference', 'at_most']
+__all__ = ['Measure', 'Printed', 'Word', 'Effect', 'effect_of', 'Claim', 'spread', 'word', 'together', 'Verdict', 'reason',
+           'corrected', 'verdicts', 'log_ratio', 'weakest', 'printed_difference', 'at_most']
 
 # %% ../../nbs/companion/70_claims.ipynb #5c545c09
 @dataclass(frozen=True)
@@ -75,11 +75,16 @@ class Claim(Shown):
 Word = Literal["supported", "not supported", "undecided", "not testable"]
 
 
+def spread(effect: Effect) -> bool:
+    "Whether anything says how far the value moves: there is an interval, and it has a width."
+    return math.isfinite(effect.low) and math.isfinite(effect.high) and effect.low < effect.high
+
+
 def word(effect: Effect, margin: float, adjusted: float, trainings: int = 0, level: float = 0.05) -> Word:
     "Verdict of one effect; `adjusted`: its p after correction."
     if not math.isfinite(effect.value):
         return "not testable"
-    if not (math.isfinite(effect.low) and math.isfinite(effect.high)) or 0 < effect.seeds < trainings:
+    if not spread(effect) or 0 < effect.seeds < trainings:
         return "undecided"
     if effect.high < margin:  # also where it is there, and smaller than what would count
         return "not supported"
@@ -115,6 +120,8 @@ def reason(claim: Claim, found: Word, effects: Sequence[Effect]) -> str:
     few = [e for e in effects if 0 < e.seeds < claim.trainings]
     if found == "undecided" and few:
         return f"{few[0].seeds} training{'s' * (few[0].seeds > 1)} of each arm, {claim.trainings} needed"
+    if found == "undecided" and not any(spread(e) for e in effects):
+        return "nothing says how far it moves" + "".join(f": {note}" for note in dict.fromkeys(e.note for e in effects if e.note))
     return "the interval holds both no effect and one that counts" if found == "undecided" else ""
 
 

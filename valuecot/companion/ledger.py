@@ -23,7 +23,7 @@ from .safe import scrub, scrubbed, stale_mark
 from ..settings import Settings, load, notes, outputs, root
 from ..store import write_text
 from ..types import Shown, short
-from ..view.tables import MISSING, escape_markdown, missing, to_the_error
+from ..view.tables import MISSING, escape_markdown, missing, number, to_the_error
 
 # %% auto #0
 __all__ = ['CLAIMS', 'CARD', 'NUMBERS', 'SIGNS', 'BADGES', 'Line', 'Control', 'read', 'ledger', 'controls', 'told', 'shortest',
@@ -93,7 +93,8 @@ def told(effect: Effect) -> str:
         return MISSING
     if effect.unit.startswith("log ratio"):
         value, low, high = (math.exp(x) for x in (effect.value, effect.low, effect.high))
-        return f"× {to_the_error(value, low, high)}"
+        wide = math.isfinite(low) and high > 4 * low  # an error in units of the value would round the lower end to 0
+        return f"× {number(value, 2)} ({number(low, 2)} to {number(high, 2)})" if wide else f"× {to_the_error(value, low, high)}"
     return f"{to_the_error(effect.value, effect.low, effect.high)} {effect.unit}"
 
 
@@ -167,7 +168,7 @@ def kept_page(folder: Path) -> str:  # Markdown with raw HTML
     about = f"{len(cards)} runs, {hours:.1f} hours of stages on {', '.join(said['device'])}, revision {', '.join(r[:10] for r in said['revision'])}, last finished {said['finished'][-1] if said['finished'] else 'unknown'}. Asked for: {'; '.join(asked)}."
     head = "".join(f'<th scope="col">{h}</th>' for h in ("what is claimed", "verdict", "measured (95 % interval)"))
     body = f'<p>{html.escape(about)}</p><table class="vc-table vc-ledger"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'.replace("\n", " ")
-    return f'# Kept: {escape_markdown(folder.name.replace("-", " "))}\n\nA record in `outputs/reference/`, of the revision that it names; it is not made anew with these pages.\n\n```{{raw}} html\n<div class="vc-output mathjax_ignore tex2jax_ignore">{body}</div>\n```\n'
+    return f'# Kept: {escape_markdown(folder.name.replace("-", " "))}\n\nA record in `outputs/reference/{escape_markdown(folder.name)}/` (claims.csv with every n, p and reason; cards.jsonl; tables), of the revisions that it names. It is not made anew with these pages: an id leads to its claim as these pages have it, whose runs and verdict can be others.\n\n```{{raw}} html\n<div class="vc-output mathjax_ignore tex2jax_ignore">{body}</div>\n```\n'
 
 
 def main(arguments: Sequence[str]) -> int:  # exit status
@@ -245,7 +246,8 @@ def margin_of(c: Claim) -> str:
 def claim_section(line: Line, link) -> str:  # Markdown with raw HTML
     "One claim with all that led to its verdicts."
     c = line.claim
-    raw = [f'<p>{badge(line.paper)} by the paper’s own numbers · {badge(line.runs)} by these runs</p>', f'<blockquote>“{html.escape(c.quote)}” <cite>({html.escape(c.where)})</cite></blockquote>']
+    printed = "the paper prints no number for it" if line.paper.word == "not testable" else f"{badge(line.paper)} by the paper’s own numbers"
+    raw = [f'<p>{printed} · {badge(line.runs)} by these runs</p>', f'<blockquote>“{html.escape(c.quote)}” <cite>({html.escape(c.where)})</cite></blockquote>']
     facts = {"decided by": c.statistic, "test": c.test, "margin": f"{margin_of(c)}: a smaller effect would not count", "needs": c.needs}
     raw.append("<dl>" + "".join(f"<dt>{k}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items()) + "</dl>")
     for v, title in ((line.paper, "From the paper’s tables"), (line.runs, "From the runs of this profile")):

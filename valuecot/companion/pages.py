@@ -18,6 +18,7 @@ import html
 import io
 import json
 import os
+import posixpath
 import re
 import shutil
 import sys
@@ -455,7 +456,7 @@ def claims_page(lines: Sequence[Line], pages: Sequence[Page]) -> str:  # Markdow
 
     def where(name: str) -> str | None:
         found = link(name)
-        return found and re.sub(r"^(\.\./)+", "", found)
+        return found and posixpath.normpath(f"runs/{found}")  # the stand-in lies among the runs, the page itself above them
 
     parts = ["# The claims, one by one", RULE]
     for study in dict.fromkeys(line.claim.study for line in lines):

@@ -159,7 +159,7 @@ def below(bound: float, curve: pd.DataFrame, lines: Mapping[str, float], rows: i
     found, last = [], float(curve["percent"].max())
     for arm, line in lines.items():
         held = held_from(curve, line, rows)
-        note = "not held to the end, which the value takes for its end" if held[0] is None else f"held from {held[0]:.1f} % on"
+        note = "RLVR ends below the other: all of its training is not enough, and the value counts it as 100 %" if held[0] is None else f"held from {held[0]:.1f} % on"
         at, early, late = (last if x is None else x for x in held)
         found.append(Effect(f"{scope}, against {arm}", bound - at, bound - late, bound - early, "percent of the training", f"{len(curve)} looks at {rows} validation rows", "validation rows", seeds=seeds, runs=tuple(runs), note=note))
     return found
