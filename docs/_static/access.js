@@ -29,13 +29,14 @@
   }
 
   function reachable() {  // what scrolls sideways can be scrolled by arrow keys
-    all(".vc-output, .vc-card, article pre, .pst-scrollable-table-container, article .math").forEach(function (box) {
+    all(".vc-output, .vc-card, .vc-figure, article pre, .pst-scrollable-table-container, article .math").forEach(function (box) {
       const wide = box.scrollWidth > box.clientWidth + 1 && getComputedStyle(box).overflowX !== "visible";
       if (wide && !box.hasAttribute("tabindex")) {
         box.setAttribute("tabindex", "0");
+        box.dataset.wide = "yes";
+        if (box.matches("figure")) return;  // it has its role and its caption
         box.setAttribute("role", "group");
         if (!box.hasAttribute("aria-label")) box.setAttribute("aria-label", (box.matches("pre") ? "Text" : "Table") + " that scrolls sideways");
-        box.dataset.wide = "yes";
       } else if (!wide && box.dataset.wide) {
         ["tabindex", "role", "aria-label", "data-wide"].forEach(function (n) { box.removeAttribute(n); });
       }
@@ -50,6 +51,7 @@
     window.addEventListener("resize", later);
     window.addEventListener("load", later);
     document.addEventListener("toggle", later, true);  // a fold was opened
+    document.addEventListener("vc-drawn", later);  // a figure
     all(".vc-browser").forEach(function (box) { box.addEventListener("input", later); box.addEventListener("click", later); box.addEventListener("keyup", later); });
   }
 

@@ -49,11 +49,6 @@
     figure.style.overflowX = many > 1 ? "auto" : "";
   }
 
-  function reachable(figure) {  // by arrow keys
-    if (figure.scrollWidth > figure.clientWidth + 1) figure.tabIndex = 0;
-    else figure.removeAttribute("tabindex");
-  }
-
   function draw(figure) {
     if (figure.dataset.state) return;
     figure.dataset.state = "drawing";
@@ -65,7 +60,7 @@
       fit(figure, plot, spec.layout);
       return Plotly.newPlot(plot, spec.data, spec.layout, { responsive: true, displaylogo: false, typesetMath: false, displayModeBar: window.innerWidth < 600 ? false : "hover" }).then(function () {
         figure.dataset.state = "drawn";
-        reachable(figure);
+        document.dispatchEvent(new Event("vc-drawn"));  // access.js looks whether it scrolls
         const scenes = (spec.layout.meta || {}).linked;
         if (scenes && scenes.length > 1) link(plot, scenes);
       });
