@@ -148,8 +148,8 @@ def shown_numbers(made: dict[str, object]) -> Html:
         return Html("<p>Nothing was measured: <code>own_model.plan_only</code> is yes.</p>")
     rows, others = made["spectrum"], made["measures"]
     ends = rows.assign(**{name: [f"{x:.1e}" if name.startswith("relative") else number(x, 5) for x in rows[name]] for name in list(rows)[2:5]})
-    ends_tol = [made["curvature"].spectrum.tol, made["curvature"].smallest.tol]
-    said = f"Both ends of the spectrum. The residual is measured, ||H v - lambda v|| / |lambda|, and held to {ends_tol[0]:.0e} at the upper end, to {ends_tol[1]:.0e} at the lower; some eigenvalue lies as close as the bound"
+    upper, lower = made["curvature"].spectrum.tol, made["curvature"].smallest.tol
+    said = f"Both ends of the spectrum. The residual is measured, ||H v - lambda v|| / |lambda|, and held to {upper:.0e} at the upper end, to {lower:.0e} at the lower; some eigenvalue lies as close as the bound"
     rest = pd.DataFrame({"measure": others.measure, "value": [number(r.value) if missing(r.se) else with_se(r.value, r.se) for r in others.itertuples()], "unit": others.unit})
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in made["curvature"].warnings)
     return Html(f"{to_html(ends, said)}{f'<ul>{notes}</ul>' if notes else ''}{to_html(rest, 'Loss, gradient, trace, and sharpness that a rescaling of the weights does not change')}")
