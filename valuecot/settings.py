@@ -271,7 +271,7 @@ class Grid:
         if self.grid < 3 or self.grid % 2 == 0:
             raise ValueError(f"geometry.landscape.grid = {self.grid}: take an odd number from 3, so that the grid has a point at theta")
 
-
+# %% ../nbs/01_settings.ipynb #b9cd3459
 @dataclass(frozen=True)
 class Annealing:
     "[geometry.annealing]: whether reasoning cools, on held-out prompts of the evaluation subsets."
@@ -509,7 +509,7 @@ class Pluralism:
         if len(kinds) > 1:
             raise ValueError(f"{said}: models and personas are two different methods, name one kind")
 
-
+# %% ../nbs/01_settings.ipynb #4bf0384a
 @dataclass(frozen=True)
 class Probes:
     "[steerable.probes]: what a trained policy answers when something about the question or its own reasoning is changed."
@@ -543,7 +543,7 @@ class Moderation:
     replies: Source
     cap: float
 
-
+# %% ../nbs/01_settings.ipynb #90cb2540
 @dataclass(frozen=True)
 class SteerableHessian:
     "[steerable.hessian]: curvature of the arms on test questions."

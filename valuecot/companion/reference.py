@@ -270,7 +270,7 @@ def notebook_link(
     where = f"nbs/{module.notebook}.ipynb"
     return f"Stage notebook `{where}`." if module.notebook in stages else f"Derived in [{literal(where)}](/concepts/{module.notebook}.ipynb)."
 
-
+# %% ../../nbs/companion/84_reference.ipynb #e0fba16a
 def module_section(
     module: Module,
     done: set[tuple[str, str]],  # shown already

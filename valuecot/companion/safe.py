@@ -68,7 +68,7 @@ def stale_mark(why: str) -> str:  # HTML
     "What stands before a number that would come out otherwise today."
     return f'<span class="vc-stale-mark" title="{html.escape(why)}">stale</span> '
 
-
+# %% ../../nbs/companion/88_safe.ipynb #1a8c03f3
 class Cleaner(HTMLParser):
     "HTML with harmless tags alone, balanced, its `run:` links resolved."
 
@@ -170,7 +170,7 @@ def self_contained(
     kept = [trace for trace in spec.get("data") or [] if trace.get("type", "scatter") in TRACES]
     return {"data": kept, "layout": {k: v for k, v in layout.items() if not FETCHING.fullmatch(k.rstrip("0123456789"))}}
 
-
+# %% ../../nbs/companion/88_safe.ipynb #624f6597
 def made_by(
     runs: list[str],
     link: Callable[[str], str | None] | None,
@@ -197,7 +197,7 @@ def picture(png: str) -> str:  # base64 -> data address
         return f"data:image/png;base64,{png}"
     return f"data:image/webp;base64,{base64.b64encode(smaller.getvalue()).decode()}"
 
-
+# %% ../../nbs/companion/88_safe.ipynb #fc5c1c95
 def figure_html(
     bundle: dict,  # data of an output: plotly JSON and, best, image/png
     about: str,  # alternative text where the figure brings none
