@@ -273,7 +273,7 @@ def replay_files(settings: Settings) -> dict[str, Path | None]:  # arguments of 
 
 # %% ../../nbs/companion/80_replay.ipynb #f6459fa3
 DIGITS = {"p": 3, "ratio": 3, "lambda": 2, "thousand": 2, "macro-F1": 1, "times": 1, "A100-hours": 0}
-HEAD = ("what", "paper", "authors' files", "ours", "verdict", "note")
+HEAD = ("what", "paper", "authors' files", "ours", "comes out", "note")
 
 
 def ours_in_words(row: Replayed) -> str:
@@ -304,7 +304,7 @@ def replay_page(rows: Sequence[Replayed]) -> str:  # Markdown
     if not rows:
         raise ValueError("no rows: replay(settings) gives them")
     count = ", ".join(f"{n} {words}" for key, words in COUNTED.items() if (n := sum(r.agrees == key for r in rows)))
-    parts = ["# Golden replay", f"What of both papers' numbers comes out again, from their tables and from their authors' own files: no model is trained for this page. {len(rows)} rows: {count}."]
+    parts = ["# Golden replay", f"What of both papers' numbers comes out again, from their tables and from their authors' own files: no model is trained for this page. {len(rows)} rows: {count}. That a number *agrees* means that it follows from what was published; whether a claim holds is for the ledger on the first page to say."]
     parts += ["## What differs", differences(rows)]
     for study in dict.fromkeys(r.source.partition(",")[0] for r in rows):
         parts += [f"## The {escape_markdown(study)} paper", replay_table([r for r in rows if r.source.partition(",")[0] == study])]
