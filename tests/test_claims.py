@@ -285,8 +285,9 @@ def test_rows_figures_and_links_of_stale_runs_are_marked():
 
 def test_an_interval_without_width_decides_nothing_and_says_so():
     flat = replace(CLEAR, value=-70.0, low=-70.0, high=-70.0, note="never reached")
+    assert all(map(math.isnan, (flat.low, flat.high, flat.pvalue)))  # no p of it weighs in a family
     assert word(flat, 0.0, math.nan) == "undecided"
-    assert reason(CLAIMS[0], "undecided", [flat]) == "nothing says how far it moves: never reached"
+    assert reason(CLAIMS[0], "undecided", [flat]) == "nothing says how far it moves: never reached · no spread among seeds and subsets"
 
 
 def test_claims_are_text_on_a_page_and_rows_in_a_table():

@@ -16,8 +16,8 @@ from ..stats import Crossed, holm
 from ..types import Shown
 
 # %% auto #0
-__all__ = ['Measure', 'Printed', 'Word', 'Effect', 'effect_of', 'Claim', 'spread', 'word', 'together', 'Verdict', 'reason',
-           'corrected', 'verdicts', 'log_ratio', 'weakest', 'printed_difference', 'at_most']
+__all__ = ['Measure', 'Printed', 'Word', 'Effect', 'effect_of', 'Claim', 'word', 'together', 'Verdict', 'reason', 'corrected',
+           'verdicts', 'log_ratio', 'weakest', 'printed_difference', 'at_most']
 
 # %% ../../nbs/companion/70_claims.ipynb #5c545c09
 @dataclass(frozen=True)
@@ -35,13 +35,27 @@ class Effect(Shown):
     seeds: int = 0  # trainings of each arm; 0: none of ours, a number that a paper printed
     runs: tuple[str, ...] = ()  # that it was read from
     note: str = ""  # what a reader must know
+    bound: float = math.nan  # where a claim is that a number lies on one side of a bound, `value` is how far it does
+    below: bool = False  # the claimed side
+
+    def __post_init__(self):
+        if self.low == self.high:  # of a nan it is False
+            note = " · ".join(x for x in (self.note, f"no spread among {self.over}" if self.over else "no spread") if x)
+            for name, value in (("low", math.nan), ("high", math.nan), ("pvalue", math.nan), ("note", note)):
+                object.__setattr__(self, name, value)
+
+    @property
+    def measured(self) -> tuple[float, float, float]:
+        "Value and interval of the number itself, not of its distance from a bound."
+        if not math.isfinite(self.bound):
+            return self.value, self.low, self.high
+        return (self.bound - self.value, self.bound - self.high, self.bound - self.low) if self.below else (self.bound + self.value, self.bound + self.low, self.bound + self.high)
 
 
 def effect_of(found: Crossed, scope: str, unit: str, unit_name: str, runs: Sequence[str], note: str = "") -> Effect:
     "A mean over trainings and units as an effect."
-    low, high, pvalue = (found.low, found.high, found.pvalue) if found.se else (math.nan,) * 3  # no spread at all: nothing says how far it moves
     n = f"{found.seeds} seed{'s' * (found.seeds > 1)}, {found.units} {unit_name}" + (f" in {found.clusters} clusters" if found.clusters != found.units else "")
-    return Effect(scope, found.mean, low, high, unit, n, found.over, pvalue, found.seeds, tuple(runs), note if found.se else " · ".join(x for x in (note, "no spread among units and seeds") if x))
+    return Effect(scope, found.mean, found.low, found.high, unit, n, found.over, found.pvalue, found.seeds, tuple(runs), note)
 
 # %% ../../nbs/companion/70_claims.ipynb #46e53233
 Measure = Callable[[Mapping[str, Made], Settings], list[Effect]]  # from the runs of a profile
@@ -75,16 +89,11 @@ class Claim(Shown):
 Word = Literal["supported", "not supported", "undecided", "not testable"]
 
 
-def spread(effect: Effect) -> bool:
-    "Whether anything says how far the value moves: there is an interval, and it has a width."
-    return math.isfinite(effect.low) and math.isfinite(effect.high) and effect.low < effect.high
-
-
 def word(effect: Effect, margin: float, adjusted: float, trainings: int = 0, level: float = 0.05) -> Word:
     "Verdict of one effect; `adjusted`: its p after correction."
     if not math.isfinite(effect.value):
         return "not testable"
-    if not spread(effect) or 0 < effect.seeds < trainings:
+    if not math.isfinite(effect.high - effect.low) or 0 < effect.seeds < trainings:
         return "undecided"
     if effect.high < margin:  # also where it is there, and smaller than what would count
         return "not supported"
@@ -120,7 +129,7 @@ def reason(claim: Claim, found: Word, effects: Sequence[Effect]) -> str:
     few = [e for e in effects if 0 < e.seeds < claim.trainings]
     if found == "undecided" and few:
         return f"{few[0].seeds} training{'s' * (few[0].seeds > 1)} of each arm, {claim.trainings} needed"
-    if found == "undecided" and not any(spread(e) for e in effects):
+    if found == "undecided" and not any(math.isfinite(e.high - e.low) for e in effects):
         return "nothing says how far it moves" + "".join(f": {note}" for note in dict.fromkeys(e.note for e in effects if e.note))
     return "the interval holds both no effect and one that counts" if found == "undecided" else ""
 
@@ -181,4 +190,4 @@ def printed_difference(first: float, second: float, n: int, scope: str, unit: st
 
 def at_most(effect: Effect, bound: float, note: str = "") -> Effect:
     "The claim that an effect is smaller than `bound`: what is left below it."
-    return replace(effect, value=bound - effect.value, low=bound - effect.high, high=bound - effect.low, pvalue=math.nan, note=note or f"{bound:g} {effect.unit} less what was measured, {effect.value:.3g}")
+    return replace(effect, value=bound - effect.value, low=bound - effect.high, high=bound - effect.low, pvalue=math.nan, note=note or effect.note, bound=bound, below=True)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from .claims import Claim, Effect, effect_of, log_ratio
+from .claims import Claim, Effect, at_most, effect_of, log_ratio
 from .lineage import Made, picked
 from ..settings import Settings
 from ..stats import crossed
@@ -147,7 +148,7 @@ def minimum(runs: Runs, settings: Settings) -> list[Effect]:
             subsets = sorted(set.intersection(*map(set, rows.values()))) if rows else []
             if subsets:
                 table = [[0.05 + own[k]["lambda_min"] / own[k]["lambda_1"] for k in subsets] for own in rows.values()]
-                found.append(effect_of(crossed(table, unit="subsets"), f"{model}, {arm}", "λ_min/λ₁ above −0.05", "subsets", list(rows)))
+                found.append(replace(effect_of(crossed(table, unit="subsets"), f"{model}, {arm}", "λ_min/λ₁", "subsets", list(rows)), bound=-0.05))
     return found
 
 # %% ../../nbs/companion/72_geometry_claims.ipynb #ea611240
@@ -198,7 +199,8 @@ def same_length_asked(runs: Runs, settings: Settings) -> list[Effect]:
             table = crossed([[math.log(max(a, 1) / max(b, 1)) for a, b in pairs]], unit="prompts")
             near, far = sorted((abs(table.low), abs(table.high)))
             near = 0.0 if table.low <= 0 <= table.high else near
-            found.append(Effect("teachers", 0.1 - abs(table.mean), 0.1 - far, 0.1 - near, "0.1 less |log ratio of words|", f"{len(pairs)} prompts", "prompts", runs=(made.name,), note=f"annealing has {100 * (math.exp(table.mean) - 1):.0f} % more words"))
+            effect = Effect("teachers", abs(table.mean), near, far, "|log ratio of words|", f"{len(pairs)} prompts", "prompts", runs=(made.name,), note=f"annealing has {abs(100 * (math.exp(table.mean) - 1)):.0f} % {'more' if table.mean > 0 else 'fewer'} words")
+            found.append(at_most(effect, 0.1))
     return found
 
 
@@ -209,7 +211,7 @@ def cools(runs: Runs, settings: Settings) -> list[Effect]:
 
     return compared(runs, "annealing", "annealing.jsonl", ("annealing", "standard"), value, "nats per reasoning", "prompts")
 
-
+# %% ../../nbs/companion/72_geometry_claims.ipynb #76e7091b
 def rate(kind: str) -> Value:
     "A yes-or-no of each prompt."
     return lambda rows: {r["prompt_id"]: float(r[kind]) for r in rows if r["by"] == "policy" and r.get(kind) is not None}
@@ -219,7 +221,7 @@ def fewer(kind: str) -> Callable[[Runs, Settings], list[Effect]]:
     "How many fewer prompts show it under the annealing arm than under the standard arm."
     return lambda runs, settings: compared(runs, "behaviour", "behaviour.jsonl", ("standard", "annealing"), rate(kind), "share of prompts", "prompts")
 
-
+# %% ../../nbs/companion/72_geometry_claims.ipynb #a0ce30aa
 def rewards_of(made: Made) -> dict[str, float]:
     "Reward of each held-out sample that could be scored."
     return {r.prompt_id: r.reward for r in read_records(made.folder / "rollouts.jsonl", Rollout) if r.reward is not None}
@@ -264,7 +266,7 @@ def longer_is_not_better(runs: Runs, settings: Settings) -> list[Effect]:
                     values.append([0.2 - rho.rho])
                     names.append(m.name)
             if values:
-                found.append(effect_of(crossed(values, unit="samples"), f"{model}, {arm}", "0.2 less the rank correlation of length and reward", "set of samples", names))
+                found.append(replace(effect_of(crossed(values, unit="samples"), f"{model}, {arm}", "rank correlation of length and reward", "set of samples", names), bound=0.2, below=True))
     return found
 
 # %% ../../nbs/companion/72_geometry_claims.ipynb #55a2bb5b

@@ -26,8 +26,8 @@ from ..types import Shown, short
 from ..view.tables import MISSING, escape_markdown, missing, number, to_the_error
 
 # %% auto #0
-__all__ = ['CLAIMS', 'CARD', 'NUMBERS', 'SIGNS', 'BADGES', 'Line', 'Control', 'read', 'ledger', 'controls', 'told', 'shortest',
-           'ledger_table', 'counts', 'keep', 'kept', 'kept_page', 'main', 'badge', 'bar', 'verdict_table',
+__all__ = ['CLAIMS', 'CARD', 'NUMBERS', 'SIGNS', 'BADGES', 'Line', 'Control', 'read', 'ledger', 'controls', 'told', 'told_with_n',
+           'shortest', 'ledger_table', 'counts', 'keep', 'kept', 'kept_page', 'main', 'badge', 'bar', 'verdict_table',
            'effect_rows', 'control_rows', 'margin_of', 'claim_section']
 
 # %% ../../nbs/companion/76_ledger.ipynb #3496eb3b
@@ -92,10 +92,16 @@ def told(effect: Effect) -> str:
     if not math.isfinite(effect.value):
         return MISSING
     if effect.unit.startswith("log ratio"):
-        value, low, high = (math.exp(x) for x in (effect.value, effect.low, effect.high))
+        value, low, high = (math.exp(x) for x in effect.measured)
         wide = math.isfinite(low) and high > 4 * low  # an error in units of the value would round the lower end to 0
         return f"× {number(value, 2)} ({number(low, 2)} to {number(high, 2)})" if wide else f"× {to_the_error(value, low, high)}"
-    return f"{to_the_error(effect.value, effect.low, effect.high)} {effect.unit}"
+    claimed = f", claimed {'below' if effect.below else 'above'} {number(effect.bound, 2)}" if math.isfinite(effect.bound) else ""
+    return f"{to_the_error(*effect.measured)} {effect.unit}{claimed}"
+
+
+def told_with_n(effects: Sequence[Effect]) -> str:  # HTML
+    "Effects one under the other, each with what it rests on."
+    return "<br>".join(f"{html.escape(e.scope)}: {html.escape(told(e))} <small>({html.escape(e.n)})</small>" for e in effects)
 
 
 def shortest(v: Verdict) -> str:
@@ -111,7 +117,7 @@ def ledger_table(lines: Sequence[Line]) -> pd.DataFrame:
         about = {"claim": c.id, "study": c.study, "family": c.family, "says": c.says, "quote": c.quote, "where": c.where, "statistic": c.statistic, "test": c.test, "margin": c.margin}
         for v in (line.paper, line.runs):
             own = {"source": v.source, "verdict": v.word, "why": v.why, "stale": v.stale}
-            rows += [about | own | {"scope": e.scope, "verdict of scope": w, "effect": e.value, "low_95": e.low, "high_95": e.high, "unit": e.unit, "p": e.pvalue, "p_holm": p, "n": e.n, "interval_over": e.over, "seeds": e.seeds, "note": e.note, "runs": " ".join(e.runs)} for e, w, p in zip(v.effects, v.words, v.adjusted, strict=True)] or [about | own]
+            rows += [about | own | {"scope": e.scope, "verdict of scope": w, "effect": e.value, "low_95": e.low, "high_95": e.high, "unit": e.unit, "bound": e.bound, "side": "" if math.isnan(e.bound) else "below" if e.below else "above", "p": e.pvalue, "p_holm": p, "n": e.n, "interval_over": e.over, "seeds": e.seeds, "note": e.note, "runs": " ".join(e.runs)} for e, w, p in zip(v.effects, v.words, v.adjusted, strict=True)] or [about | own]
     return pd.DataFrame(rows)
 
 
@@ -144,7 +150,7 @@ def keep(profile_dir: Path, folder: Path, settings: Settings) -> list[Path]:  # 
     cards = [scrubbed({name: m.card.get(name) for name in CARD}, str(root())) for m in runs.values()]
     return [*made, write_text(folder / "cards.jsonl", "".join(json.dumps(card, ensure_ascii=False) + "\n" for card in cards))]
 
-
+# %% ../../nbs/companion/76_ledger.ipynb #aed373b1
 def kept(folder: Path) -> tuple[pd.DataFrame, list[dict]]:  # ledger, cards
     "What a folder keeps."
     table = pd.read_csv(folder / "claims.csv", keep_default_na=False, na_values=[""])
@@ -158,8 +164,8 @@ def kept_page(folder: Path) -> str:  # Markdown with raw HTML
     own, rows = table[table["source"] == "runs"], []
     for (name, says), part in own.groupby(["claim", "says"], sort=False):
         first = part.iloc[0]
-        effects = [Effect(str(r["scope"]), r["effect"], r["low_95"], r["high_95"], str(r["unit"]), str(r["n"]), "") for r in part.to_dict("records") if not missing(r["effect"])]
-        shown = "<br>".join(f"{html.escape(e.scope)}: {html.escape(told(e))}" for e in effects) or html.escape(str(first["why"]))
+        effects = [Effect(str(r["scope"]), r["effect"], r["low_95"], r["high_95"], str(r["unit"]), str(r["n"]), "", bound=r.get("bound", math.nan), below=r.get("side") == "below") for r in part.to_dict("records") if not missing(r["effect"])]
+        shown = told_with_n(effects) or html.escape(str(first["why"]))
         word = str(first["verdict"])
         rows.append(f'<tr><th scope="row"><a href="../claims.html#{html.escape(name.lower())}">{html.escape(name)}</a> {html.escape(says)}</th><td><span class="vc-verdict vc-{BADGES.get(word, "none")}"><span aria-hidden="true">{SIGNS.get(word, "–")}</span> {html.escape(word)}</span></td><td>{shown}</td></tr>')
     said = {name: sorted({str(card.get(name)) for card in cards}) for name in ("revision", "device", "finished")}
@@ -170,7 +176,7 @@ def kept_page(folder: Path) -> str:  # Markdown with raw HTML
     body = f'<p>{html.escape(about)}</p><table class="vc-table vc-ledger"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'.replace("\n", " ")
     return f'# Kept: {escape_markdown(folder.name.replace("-", " "))}\n\nA record in `outputs/reference/{escape_markdown(folder.name)}/` (claims.csv with every n, p and reason; cards.jsonl; tables), of the revisions that it names. It is not made anew with these pages: an id leads to its claim as these pages have it, whose runs and verdict can be others.\n\n```{{raw}} html\n<div class="vc-output mathjax_ignore tex2jax_ignore">{body}</div>\n```\n'
 
-
+# %% ../../nbs/companion/76_ledger.ipynb #a1cdc1aa
 def main(arguments: Sequence[str]) -> int:  # exit status
     "`python -m valuecot.companion.ledger PROFILE FOLDER [OVERRIDES]`"
     if len(arguments) not in (2, 3):
@@ -197,7 +203,7 @@ def badge(v: Verdict) -> str:  # HTML
 
 
 def bar(e: Effect, margin: float, width: int = 120) -> str:  # SVG
-    "An interval against no effect and the margin."
+    "An interval against no effect, or the bound that a claim names, and the margin."
     if not all(map(math.isfinite, (e.value, e.low, e.high))):
         return ""
     reach = 1.1 * max(abs(e.low), abs(e.high), 2 * abs(margin), 1e-12)
@@ -212,7 +218,7 @@ def verdict_table(lines: Sequence[Line], href: str = "claims.html") -> str:  # H
     rows = []
     for line in lines:
         c, v = line.claim, line.runs
-        effects = "<br>".join(f"{html.escape(e.scope)}: {html.escape(told(e))}" for e in v.effects) or html.escape(v.why or MISSING)
+        effects = told_with_n(v.effects) or html.escape(v.why or MISSING)
         effects += f'<br><small>{html.escape(v.why)}</small>' if v.effects and v.why else ""
         rows.append(f'<tr><th scope="row"><a href="{href}#{c.id.lower()}">{c.id}</a> {html.escape(c.says)}</th><td>{badge(line.paper)}</td><td>{badge(v)}</td><td>{effects}</td></tr>')
     head = "".join(f'<th scope="col">{h}</th>' for h in ("what is claimed", "paper’s own numbers", "these runs", "measured here (95 % interval)"))
@@ -246,7 +252,7 @@ def margin_of(c: Claim) -> str:
 def claim_section(line: Line, link) -> str:  # Markdown with raw HTML
     "One claim with all that led to its verdicts."
     c = line.claim
-    printed = "the paper prints no number for it" if line.paper.word == "not testable" else f"{badge(line.paper)} by the paper’s own numbers"
+    printed = f"{badge(line.paper)}: the paper has no number for it" if line.paper.word == "not testable" else f"{badge(line.paper)} by the paper’s own numbers"
     raw = [f'<p>{printed} · {badge(line.runs)} by these runs</p>', f'<blockquote>“{html.escape(c.quote)}” <cite>({html.escape(c.where)})</cite></blockquote>']
     facts = {"decided by": c.statistic, "test": c.test, "margin": f"{margin_of(c)}: a smaller effect would not count", "needs": c.needs}
     raw.append("<dl>" + "".join(f"<dt>{k}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items()) + "</dl>")

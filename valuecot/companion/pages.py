@@ -404,14 +404,14 @@ def raw_html(body: str) -> str:  # Markdown
 def verdict_counts(lines: Sequence[Line], source: str) -> str:
     "How many claims got which verdict, in words."
     found = counts(lines, source)
-    return ", ".join(f"{n} {word if (word, source) != ('not testable', 'paper') else 'without a number to test'}" for word, n in found.items() if n)
+    return ", ".join(f"{n} {'not printed' if (word, source) == ('not testable', 'paper') else word}" for word, n in found.items() if n)
 
 
 def first_words(lines: Sequence[Line]) -> str:  # Markdown
     "The answer, before anything else."
     return (
-        f"Two papers ask what chain-of-thought does to a language model that must resolve conflicting values {{cite}}`geometry,steerable`. Of {len(lines)} sentences in them that could be wrong, the papers' own numbers leave "
-        f"**{verdict_counts(lines, 'paper')}**; in the runs shown here they are **{verdict_counts(lines, 'runs')}**. Every verdict comes from one [rule](claims.md), the same for all runs; every number leads to the run that made it."
+        f"Two papers ask what chain-of-thought does to a language model that must resolve conflicting values {{cite}}`geometry,steerable`. Of {len(lines)} sentences in them that could be wrong, **{verdict_counts(lines, 'paper')}** "
+        f"by the papers' own numbers (*not printed*: they give none), and **{verdict_counts(lines, 'runs')}** in the runs shown here. Every verdict comes from one [rule](claims.md), the same for all runs; every number leads to the run that made it."
     )
 
 
@@ -423,8 +423,6 @@ def index_page(
 ) -> str:  # Markdown
     "The landing page, and the tree of all others."
     parts = ["# Do these claims hold?", *([first_words(lines)] if lines else [])]
-    if notice(profile):
-        parts.append(f":::{{warning}}\n{notice(profile)}\n:::")
     for study in dict.fromkeys(line.claim.study for line in lines):
         parts.append(f"## {STUDY_TITLES[study]}\n\n" + raw_html(verdict_table([line for line in lines if line.claim.study == study])))
     if lines:

@@ -95,7 +95,7 @@ def printed_better(first: str, second: str, datasets: Sequence[str] = tuple(BENC
 
     return from_tables
 
-
+# %% ../../nbs/companion/74_steerable_claims.ipynb #ee534a81
 OTHERS = {"value_kaleidoscope": ("sft", "human-cot", "synthetic-cot", "zero-shot"), "opinionqa": ("sft", "synthetic-cot", "zero-shot")}
 ORDER = {"value_kaleidoscope": ("rlvr", "human-cot", "sft", "synthetic-cot"), "opinionqa": ("rlvr", "sft", "synthetic-cot")}
 
@@ -126,7 +126,7 @@ def printed_order(settings: Settings) -> list[Effect]:
     "The same from Tables 1 and 2."
     return [e for dataset, order in ORDER.items() for e in all_of([x for pair in pairwise(order) for x in printed_better(*pair, (dataset,))(settings)], len(order) - 1, "the weakest step of the order")]
 
-
+# %% ../../nbs/companion/74_steerable_claims.ipynb #caf9103a
 def above_asked(name: str, stage: str, datasets: Sequence[str] = tuple(BENCHMARKS)) -> Callable[[Runs, Settings], list[Effect]]:
     "How much more accurate RLVR is than somebody who was asked, or than Modular Pluralism: answers below one run of `stage`."
     def read(runs: Runs, settings: Settings) -> list[Effect]:
@@ -243,7 +243,7 @@ def printed_faithful(settings: Settings) -> list[Effect]:
                 found.append(printed_difference(b, a, 1000, f"{title}, llama3-8b against {other}"))
     return found
 
-
+# %% ../../nbs/companion/74_steerable_claims.ipynb #dc1c4abf
 def pooled(values: Sequence[tuple[float, float]], units: int) -> tuple[float, float, float]:  # (value, standard error) of each training, on the same units -> mean, low, high
     "Mean over trainings; its error is that over trainings and that over units, which they share."
     from scipy.stats import t
@@ -266,9 +266,7 @@ def from_csv(stage: str, file: str, column: str, arm: str, unit: str, scale: flo
                 parts = [(scale * r[column], scale * (r[f"{column}_high_95"] - r[f"{column}_low_95"]) / 3.92) for r in known.to_dict("records")]
                 few = min(known["n_unfaithful"]) if len(known) else 0
                 value, low, high = pooled(parts, int(few)) if parts else (math.nan,) * 3
-                flat = bool(parts) and low == high  # as where no text holds what is counted: nothing says how far the number moves
-                low, high = (math.nan, math.nan) if flat else (low, high)
-                found.append(Effect(f"{BENCHMARKS[made.job.dataset]}, {model}, judge {judge}", value, low, high, unit, f"{len(known)} seed{'s' * (len(known) != 1)}, {few:g} or more unfaithful traces in each", "seeds and scenarios" if len(known) > 1 else "scenarios", seeds=len(known), runs=(made.name,), note="no spread among scenarios and seeds" * flat))
+                found.append(Effect(f"{BENCHMARKS[made.job.dataset]}, {model}, judge {judge}", value, low, high, unit, f"{len(known)} seed{'s' * (len(known) != 1)}, {few:g} or more unfaithful traces in each", "seeds and scenarios" if len(known) > 1 else "scenarios", seeds=len(known), runs=(made.name,)))
         return found
 
     return read
