@@ -100,7 +100,7 @@ def notes(
     caption: str = "",  # arm, profile, n, seeds, revision
 ) -> str:
     "Caption: what was asked for, then how the panels were scaled, cut or left blank."
-    said = ["Loss minus loss at θ (marked), along unit eigenvectors v₁, v₂."]
+    said = ["Loss minus loss at θ (marked), at distances α and β (‖Δθ‖) along unit eigenvectors v₁, v₂."]
     said += ["ZOOM: each panel has a range of its own; compare shapes, not heights."] if zoom else []
     said += ["One range and one colour scale for all panels."] if not zoom and len(drawn) > 1 else []
     for p in drawn:
@@ -172,7 +172,7 @@ def plain(
 # %% ../../nbs/view/61_landscapes.ipynb #23a23cf6
 GRID = "#a0a0a0"  # opaque: WebGL draws a half-transparent line as good as not at all
 AXES = {"x": "α (‖Δθ‖)", "y": "β (‖Δθ‖)", "z": "ΔL (nats/token)"}
-EYE = (1.65, -2.25, 1.35)  # where the camera stands, in plotly's units
+EYE = (1.85, -2.5, 1.5)  # where the camera stands, in plotly's units; nearer, a narrow panel cuts off what stands at its edges
 
 
 def surface_traces(
@@ -200,7 +200,7 @@ def scene(
     "Axes and camera of one surface."
     ranges = {"x": [-reach[0], reach[0]], "y": [-reach[1], reach[1]], "z": [panel.low, panel.high]}
     look = {"tickfont": {"size": 9}, "nticks": 4, "showbackground": False, "gridcolor": GRID, "zeroline": False, "showline": True, "linecolor": NEUTRAL, "showspikes": False}
-    axes = {f"{k}axis": {**look, "title": {"text": AXES[k] if k != "z" else "ΔL", "font": {"size": 10}}, "range": ranges[k]} for k in "xyz"}
+    axes = {f"{k}axis": {**look, "title": {"text": AXES[k].split()[0], "font": {"size": 11}}, "range": ranges[k]} for k in "xyz"}
     camera = {"eye": dict(zip("xyz", EYE, strict=True)), "center": {"x": 0, "y": 0, "z": -0.1}}
     return {"domain": place, "aspectmode": "manual", "aspectratio": {"x": 1, "y": 1, "z": 0.85}, "camera": camera, **axes}
 
