@@ -37,12 +37,12 @@ def chromium() -> str:
 
 
 def axe() -> str:
-    "Source of axe-core; a skipped test where it is not at hand."
+    "Source of axe-core; empty where it is not at hand: npm pack axe-core, and name axe.min.js in VALUECOT_AXE."
     places = [os.environ.get("VALUECOT_AXE"), "/tmp/axe/package/axe.min.js", "/tmp/node_modules/axe-core/axe.min.js"]
     for place in filter(None, places):
         if Path(place).is_file():
             return Path(place).read_text(encoding="utf-8")
-    pytest.skip("axe-core is not at hand (npm pack axe-core, and name axe.min.js in VALUECOT_AXE)")
+    return ""
 
 
 class Trap:
