@@ -157,6 +157,7 @@ class Visit:
     basics: dict[str, list[str]]  # by light and dark
     faults: dict[str, list[str]]  # of axe, serious or worse
     phone: int  # pixels that it is wide at 400
+    scrolled: list[int]  # there: place in the order of Tab of each figure that scrolls sideways
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +178,8 @@ def visits(site, browser):
                 faults[mode] = browser.js(AXE)
         browser.size(400, 800, phone=True)
         browser.settle()
-        found[page.relative_to(site).as_posix()] = Visit(outside, errors, failed, basics, faults, browser.js("document.documentElement.scrollWidth"))
+        scrolled = browser.js("[...document.querySelectorAll('.vc-figure')].filter(f => f.scrollWidth > f.clientWidth + 1).map(f => f.tabIndex)")
+        found[page.relative_to(site).as_posix()] = Visit(outside, errors, failed, basics, faults, browser.js("document.documentElement.scrollWidth"), scrolled)
     browser.size(1280)
     return found
 
@@ -191,6 +193,11 @@ def test_pages_load_nothing_from_elsewhere_and_raise_no_error(visits):
 def test_pages_can_be_read_in_light_and_dark_and_on_a_phone(visits):
     for name, page in visits.items():
         assert page.basics == {"light": [], "dark": []} and page.phone <= 400, name
+
+
+def test_figures_that_scroll_on_a_phone_are_reached_by_keyboard(visits):
+    scrolled = [place for page in visits.values() for place in page.scrolled]
+    assert scrolled and set(scrolled) == {0}
 
 
 def test_an_accessibility_checker_finds_no_serious_fault(visits):

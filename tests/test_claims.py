@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from valuecot.companion.claims import Claim, Effect, at_most, log_ratio, printed_difference, reason, together, verdicts, word
+from valuecot.companion.claims import Claim, Effect, at_least, at_most, effect_of, log_ratio, printed_difference, reason, together, verdicts, word
 from valuecot.companion.geometry_claims import GEOMETRY
-from valuecot.companion.ledger import CLAIMS, claim_section, counts, ledger, ledger_table, told, verdict_table
+from valuecot.companion.ledger import CLAIMS, claim_section, counts, ledger, ledger_table, read_back, told, verdict_table
 from valuecot.companion.lineage import Hashes, complete_runs, lineage, stale_among
 from valuecot.companion.pages import Links, Page, run_card
 from valuecot.companion.safe import clean, figure_html
@@ -288,6 +289,24 @@ def test_an_interval_without_width_decides_nothing_and_says_so():
     assert all(map(math.isnan, (flat.low, flat.high, flat.pvalue)))  # no p of it weighs in a family
     assert word(flat, 0.0, math.nan) == "undecided"
     assert reason(CLAIMS[0], "undecided", [flat]) == "nothing says how far it moves: never reached · no spread among seeds and subsets"
+
+
+def test_a_claim_about_a_bound_is_told_by_its_number_and_judged_by_the_distance(tmp_path):
+    number = replace(CLEAR, value=0.25, low=0.2, high=0.3, unit="ratio", pvalue=math.nan)
+    for bounded, side, verdict in ((at_most(number, 0.35), "below 0.35", "supported"), (at_most(number, 0.1), "below 0.1", "not supported"), (at_least(number, 0.1), "above 0.1", "supported"), (at_least(number, 0.4), "above 0.4", "not supported")):
+        assert bounded.measured == pytest.approx((0.25, 0.2, 0.3)) and word(bounded, 0.0, math.nan, 2) == verdict
+        assert told(bounded) == f"0.25 (0.20 to 0.30) ratio, claimed {side}"
+        line = replace(ledger({}, PAPER)[0], runs=verdicts([CLAIMS[0]], [[bounded]], "runs")[0])
+        ledger_table([line]).to_csv(tmp_path / "claims.csv", index=False)
+        row = next(r for r in pd.read_csv(tmp_path / "claims.csv", keep_default_na=False, na_values=[""]).to_dict("records") if r["source"] == "runs")
+        assert (row["effect"], row["low_95"], row["high_95"]) == pytest.approx((0.25, 0.2, 0.3)), "numbers are of their unit"
+        assert told(read_back(row)) == told(bounded)
+    assert told(read_back({k: v for k, v in row.items() if k not in ("bound", "side")})) == "0.25 (0.20 to 0.30) ratio", "an older record"
+
+
+def test_rounding_is_no_spread():
+    effect = effect_of(crossed([[0.2 - 0.1]] * 3, unit="subsets"), "qwen", "share", "subset", ())
+    assert math.isnan(effect.low) and math.isnan(effect.pvalue) and word(effect, 0.0, math.nan, 2) == "undecided"
 
 
 def test_claims_are_text_on_a_page_and_rows_in_a_table():

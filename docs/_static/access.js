@@ -34,9 +34,9 @@
       if (wide && !box.hasAttribute("tabindex")) {
         box.setAttribute("tabindex", "0");
         box.dataset.wide = "yes";
-        if (box.matches("figure")) return;  // it has its role and its caption
-        box.setAttribute("role", "group");
-        if (!box.hasAttribute("aria-label")) box.setAttribute("aria-label", (box.matches("pre") ? "Text" : "Table") + " that scrolls sideways");
+        const figure = box.matches("figure");  // it has its role, and where it has a caption its name
+        if (!figure) box.setAttribute("role", "group");
+        if (!box.hasAttribute("aria-label") && !(figure && box.querySelector("figcaption"))) box.setAttribute("aria-label", (figure ? "Figure" : box.matches("pre") ? "Text" : "Table") + " that scrolls sideways");
       } else if (!wide && box.dataset.wide) {
         ["tabindex", "role", "aria-label", "data-wide"].forEach(function (n) { box.removeAttribute(n); });
       }

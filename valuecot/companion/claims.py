@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Literal
 
 from .lineage import Made
@@ -17,7 +17,7 @@ from ..types import Shown
 
 # %% auto #0
 __all__ = ['Measure', 'Printed', 'Word', 'Effect', 'effect_of', 'Claim', 'word', 'together', 'Verdict', 'reason', 'corrected',
-           'verdicts', 'log_ratio', 'weakest', 'printed_difference', 'at_most']
+           'verdicts', 'log_ratio', 'weakest', 'printed_difference', 'at_most', 'at_least']
 
 # %% ../../nbs/companion/70_claims.ipynb #5c545c09
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Effect(Shown):
     below: bool = False  # the claimed side
 
     def __post_init__(self):
-        if self.low == self.high:  # of a nan it is False
+        if math.isclose(self.low, self.high, rel_tol=1e-9, abs_tol=1e-12):  # equal but for rounding; of a nan it is False
             note = " · ".join(x for x in (self.note, f"no spread among {self.over}" if self.over else "no spread") if x)
             for name, value in (("low", math.nan), ("high", math.nan), ("pvalue", math.nan), ("note", note)):
                 object.__setattr__(self, name, value)
@@ -78,6 +78,7 @@ class Claim(Shown):
     measure: Measure = field(repr=False)
     printed: Printed = field(default=lambda settings: [], repr=False)
     controls: tuple[str, ...] = ()  # arms that take one confound each
+    _: KW_ONLY
     against: str = ""  # the arm that they are held against; "": base, or sft
     trainings: int = 2  # of each arm, below which nothing is said about the way of training
 
@@ -191,3 +192,8 @@ def printed_difference(first: float, second: float, n: int, scope: str, unit: st
 def at_most(effect: Effect, bound: float, note: str = "") -> Effect:
     "The claim that an effect is smaller than `bound`: what is left below it."
     return replace(effect, value=bound - effect.value, low=bound - effect.high, high=bound - effect.low, pvalue=math.nan, note=note or effect.note, bound=bound, below=True)
+
+
+def at_least(effect: Effect, bound: float) -> Effect:
+    "The claim that an effect is larger than `bound`: what it has above it."
+    return replace(effect, value=effect.value - bound, low=effect.low - bound, high=effect.high - bound, pvalue=math.nan, bound=bound)

@@ -244,9 +244,10 @@ def flat_is_better(runs: Runs, settings: Settings) -> list[Effect]:
                     points.append((m.job.arm, -fmean(values.values()), fmean(rewards.values()), m.name, sampled.name))
         if len({p[0] for p in points}) > 2:
             rho = correlation([p[1] for p in points], [p[2] for p in points], clusters=[p[0] for p in points])
-            known = rho.n >= FEW
-            note = "each arm's curvature is on its own text" + ("" if known else f"; {rho.n} arms: no interval, and p cannot be below {rho.floor:.2g}")
-            low, high, pvalue = (rho.low, rho.high, rho.pvalue) if known else (math.nan,) * 3
+            few, perfect = rho.n < FEW, rho.low == rho.high  # arms in one order give every resample the same one
+            note = "each arm's curvature is on its own text" + (f"; {rho.n} arms: no interval, and p cannot be below {rho.floor:.2g}" if few else "; all arms in one order: the bootstrap has no interval" if perfect else "")
+            low, high = (math.nan, math.nan) if few or perfect else (rho.low, rho.high)
+            pvalue = math.nan if few else rho.pvalue
             found.append(Effect(model, rho.rho, low, high, "rank correlation", f"{rho.n} arms, {len(points)} trained models", "arms", pvalue, len(points), tuple(n for p in points for n in p[3:]), note))
     return found
 
@@ -274,9 +275,9 @@ LOG5, LOG2 = math.log(1.05), math.log(1.02)
 T = "t interval over seeds and units, Holm over the family"
 GEOMETRY: tuple[Claim, ...] = (
     Claim("G1", "sharpness", "Reinforced without reasoning, a model ends in a sharper place than one taught standard chain-of-thought.", "dropping the top eigenvalue", "section 4, Table 1", "log λ₁(base) − log λ₁(standard), Qwen family", T, LOG5, "arms base and standard of qwen", sharper("base", "standard", ("qwen",)), printed_sharper("base", "standard", ("qwen",)), ("base-matched", "base-think", "response", "initial", "standard-sft")),
-    Claim("G2", "sharpness", "Annealing chain-of-thought ends in a flatter place than standard chain-of-thought.", "achieves the lowest top eigenvalue", "section 4, Table 1", "log λ₁(standard) − log λ₁(annealing), Qwen family", T, LOG2, "arms standard and annealing of qwen", sharper("standard", "annealing", ("qwen",)), printed_sharper("standard", "annealing", ("qwen",)), ("matched", "neutral", "headers", "reversed", "shuffled", "final"), "standard"),
+    Claim("G2", "sharpness", "Annealing chain-of-thought ends in a flatter place than standard chain-of-thought.", "achieves the lowest top eigenvalue", "section 4, Table 1", "log λ₁(standard) − log λ₁(annealing), Qwen family", T, LOG2, "arms standard and annealing of qwen", sharper("standard", "annealing", ("qwen",)), printed_sharper("standard", "annealing", ("qwen",)), ("matched", "neutral", "headers", "reversed", "shuffled", "final"), against="standard"),
     Claim("G3", "sharpness", "On a second model family, too, the base arm is sharper than standard.", "remain the same for this alternate model", "section 4, appendix B, Table 2", "log λ₁(base) − log λ₁(standard), Llama family", T, LOG5, "arms base and standard of llama", sharper("base", "standard", ("llama",)), printed_sharper("base", "standard", ("llama",)), ("base-matched", "base-think", "response", "initial", "standard-sft")),
-    Claim("G4", "sharpness", "On a second model family, too, annealing is flatter than standard.", "further lowered the top eigenvalue", "appendix B, Table 2", "log λ₁(standard) − log λ₁(annealing), Llama family", T, LOG2, "arms standard and annealing of llama", sharper("standard", "annealing", ("llama",)), printed_sharper("standard", "annealing", ("llama",)), ("matched", "neutral", "headers", "reversed", "shuffled", "final"), "standard"),
+    Claim("G4", "sharpness", "On a second model family, too, annealing is flatter than standard.", "further lowered the top eigenvalue", "appendix B, Table 2", "log λ₁(standard) − log λ₁(annealing), Llama family", T, LOG2, "arms standard and annealing of llama", sharper("standard", "annealing", ("llama",)), printed_sharper("standard", "annealing", ("llama",)), ("matched", "neutral", "headers", "reversed", "shuffled", "final"), against="standard"),
     Claim("G5", "sharpness", "Chain-of-thought smooths the landscape: the base arm's loss rises higher over the same plane.", "smoothens the loss landscape", "abstract, Figures 1 and 4", "log of the highest rise on the family's range, base − standard", T, LOG5, "landscapes of base and standard", smoother),
     Claim("G6", "carriers", "The base arm stands on a cliff: its landscape is an incline where the others are basins.", "cliff-like", "section 4, Figures 1 and 2", "one-sidedness of the loss along v₁ at both edges, base − standard", T, 0.1, "landscapes of base and standard", cliff),
     Claim("G7", "carriers", "It is the trained model that is flatter, not the text that it is measured on.", "CoT reasoning lowers this top eigenvalue", "abstract", "log λ₁(base) − log λ₁(standard) on identical tokens", T, LOG5, "the curvature matrix of base and standard", weights_part, (lambda settings: []), ("response", "base-think")),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .claims import Claim, Effect, Verdict, verdicts
+from .claims import Claim, Effect, Verdict, at_least, at_most, verdicts
 from .geometry_claims import GEOMETRY, sharper
 from .lineage import Made, lineage, stale_among
 from .steerable_claims import STEERABLE, better
@@ -27,8 +27,8 @@ from ..view.tables import MISSING, escape_markdown, missing, number, to_the_erro
 
 # %% auto #0
 __all__ = ['CLAIMS', 'CARD', 'NUMBERS', 'SIGNS', 'BADGES', 'Line', 'Control', 'read', 'ledger', 'controls', 'told', 'told_with_n',
-           'shortest', 'ledger_table', 'counts', 'keep', 'kept', 'kept_page', 'main', 'badge', 'bar', 'verdict_table',
-           'effect_rows', 'control_rows', 'margin_of', 'claim_section']
+           'shortest', 'ledger_table', 'counts', 'keep', 'kept', 'read_back', 'kept_page', 'main', 'badge', 'bar',
+           'verdict_table', 'effect_rows', 'control_rows', 'margin_of', 'claim_section']
 
 # %% ../../nbs/companion/76_ledger.ipynb #3496eb3b
 CLAIMS: tuple[Claim, ...] = (*GEOMETRY, *STEERABLE)
@@ -110,14 +110,14 @@ def shortest(v: Verdict) -> str:
 
 # %% ../../nbs/companion/76_ledger.ipynb #8a651fa5
 def ledger_table(lines: Sequence[Line]) -> pd.DataFrame:
-    "One row for each effect; a claim without one has a row that says why."
+    "One row for each effect, as measured, beside the bound that its claim names; a claim without one has a row that says why."
     rows = []
     for line in lines:
         c = line.claim
         about = {"claim": c.id, "study": c.study, "family": c.family, "says": c.says, "quote": c.quote, "where": c.where, "statistic": c.statistic, "test": c.test, "margin": c.margin}
         for v in (line.paper, line.runs):
             own = {"source": v.source, "verdict": v.word, "why": v.why, "stale": v.stale}
-            rows += [about | own | {"scope": e.scope, "verdict of scope": w, "effect": e.value, "low_95": e.low, "high_95": e.high, "unit": e.unit, "bound": e.bound, "side": "" if math.isnan(e.bound) else "below" if e.below else "above", "p": e.pvalue, "p_holm": p, "n": e.n, "interval_over": e.over, "seeds": e.seeds, "note": e.note, "runs": " ".join(e.runs)} for e, w, p in zip(v.effects, v.words, v.adjusted, strict=True)] or [about | own]
+            rows += [about | own | {"scope": e.scope, "verdict of scope": w, **dict(zip(("effect", "low_95", "high_95"), e.measured, strict=True)), "unit": e.unit, "bound": e.bound, "side": "" if math.isnan(e.bound) else "below" if e.below else "above", "p": e.pvalue, "p_holm": p, "n": e.n, "interval_over": e.over, "seeds": e.seeds, "note": e.note, "runs": " ".join(e.runs)} for e, w, p in zip(v.effects, v.words, v.adjusted, strict=True)] or [about | own]
     return pd.DataFrame(rows)
 
 
@@ -158,13 +158,19 @@ def kept(folder: Path) -> tuple[pd.DataFrame, list[dict]]:  # ledger, cards
     return table, [json.loads(line) for line in lines]
 
 
+def read_back(row: Mapping) -> Effect:  # of claims.csv
+    "An effect as it was kept."
+    effect = Effect(str(row["scope"]), row["effect"], row["low_95"], row["high_95"], str(row["unit"]), str(row["n"]), str(row.get("interval_over", "")))
+    return at_most(effect, row["bound"]) if row.get("side") == "below" else at_least(effect, row["bound"]) if row.get("side") == "above" else effect
+
+
 def kept_page(folder: Path) -> str:  # Markdown with raw HTML
     "A kept ledger as it was, with its date and revision."
     table, cards = kept(folder)
     own, rows = table[table["source"] == "runs"], []
     for (name, says), part in own.groupby(["claim", "says"], sort=False):
         first = part.iloc[0]
-        effects = [Effect(str(r["scope"]), r["effect"], r["low_95"], r["high_95"], str(r["unit"]), str(r["n"]), "", bound=r.get("bound", math.nan), below=r.get("side") == "below") for r in part.to_dict("records") if not missing(r["effect"])]
+        effects = [read_back(r) for r in part.to_dict("records") if not missing(r["effect"])]
         shown = told_with_n(effects) or html.escape(str(first["why"]))
         word = str(first["verdict"])
         rows.append(f'<tr><th scope="row"><a href="../claims.html#{html.escape(name.lower())}">{html.escape(name)}</a> {html.escape(says)}</th><td><span class="vc-verdict vc-{BADGES.get(word, "none")}"><span aria-hidden="true">{SIGNS.get(word, "–")}</span> {html.escape(word)}</span></td><td>{shown}</td></tr>')

@@ -393,7 +393,8 @@ STUDY_TITLES = {"geometry": "Does chain-of-thought flatten the loss?", "steerabl
 RULE = """Each claim has a number, a test and a margin, the smallest effect that would count; they are code of the package and the same for every run.
 The effect points the way of the claim. It is *not supported* when its 95 % interval ends below the margin; *supported* when the interval lies above zero and,
 where there is a test, its p is below 0.05 after Holm's correction over the family; *undecided* otherwise, or with fewer trainings of each arm than it needs.
-A claim about several models or benchmarks must hold in each. The bar shows the interval against zero (line) and the margin (shaded)."""
+A claim about several models or benchmarks must hold in each. The bar shows the interval against no effect, or against the
+bound that a claim names (line), and the margin (shaded); what lies to the right speaks for the claim."""
 
 
 def raw_html(body: str) -> str:  # Markdown
@@ -410,8 +411,8 @@ def verdict_counts(lines: Sequence[Line], source: str) -> str:
 def first_words(lines: Sequence[Line]) -> str:  # Markdown
     "The answer, before anything else."
     return (
-        f"Two papers ask what chain-of-thought does to a language model that must resolve conflicting values {{cite}}`geometry,steerable`. Of {len(lines)} sentences in them that could be wrong, **{verdict_counts(lines, 'paper')}** "
-        f"by the papers' own numbers (*not printed*: they give none), and **{verdict_counts(lines, 'runs')}** in the runs shown here. Every verdict comes from one [rule](claims.md), the same for all runs; every number leads to the run that made it."
+        f"Two papers ask what chain-of-thought does to a language model that must resolve conflicting values {{cite}}`geometry,steerable`. Of {len(lines)} sentences in them that could be wrong, the papers' own numbers leave "
+        f"**{verdict_counts(lines, 'paper')}**; in the runs shown here they are **{verdict_counts(lines, 'runs')}**. Every verdict comes from one [rule](claims.md), the same for all runs; every number leads to the run that made it."
     )
 
 
@@ -423,6 +424,8 @@ def index_page(
 ) -> str:  # Markdown
     "The landing page, and the tree of all others."
     parts = ["# Do these claims hold?", *([first_words(lines)] if lines else [])]
+    if notice(profile):
+        parts.append(f":::{{warning}}\n{notice(profile)}\n:::")
     for study in dict.fromkeys(line.claim.study for line in lines):
         parts.append(f"## {STUDY_TITLES[study]}\n\n" + raw_html(verdict_table([line for line in lines if line.claim.study == study])))
     if lines:

@@ -100,7 +100,7 @@ def notes(
     caption: str = "",  # arm, profile, n, seeds, revision
 ) -> str:
     "Caption: what was asked for, then how the panels were scaled, cut or left blank."
-    said = ["Loss minus loss at θ (marked), at distances α and β (‖Δθ‖) along unit eigenvectors v₁, v₂."]
+    said = ["Loss minus loss at θ (marked), in nats per token, at distances α and β (‖Δθ‖) along unit eigenvectors v₁, v₂."]
     said += ["ZOOM: each panel has a range of its own; compare shapes, not heights."] if zoom else []
     said += ["One range and one colour scale for all panels."] if not zoom and len(drawn) > 1 else []
     for p in drawn:
