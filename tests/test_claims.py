@@ -305,8 +305,8 @@ def test_a_claim_about_a_bound_is_told_by_its_number_and_judged_by_the_distance(
 
 
 def test_rounding_is_no_spread():
-    effect = effect_of(crossed([[0.2 - 0.1]] * 3, unit="subsets"), "qwen", "share", "subset", ())
-    assert math.isnan(effect.low) and math.isnan(effect.pvalue) and word(effect, 0.0, math.nan, 2) == "undecided"
+    effect = effect_of(crossed([[0.2 - 0.1]] * 3, unit="subsets"), "qwen", "share", "subsets", ())
+    assert effect.n == "3 seeds, 1 subset" and math.isnan(effect.low) and math.isnan(effect.pvalue) and word(effect, 0.0, math.nan, 2) == "undecided"
 
 
 def test_claims_are_text_on_a_page_and_rows_in_a_table():

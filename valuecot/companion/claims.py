@@ -54,7 +54,8 @@ class Effect(Shown):
 
 def effect_of(found: Crossed, scope: str, unit: str, unit_name: str, runs: Sequence[str], note: str = "") -> Effect:
     "A mean over trainings and units as an effect."
-    n = f"{found.seeds} seed{'s' * (found.seeds > 1)}, {found.units} {unit_name}" + (f" in {found.clusters} clusters" if found.clusters != found.units else "")
+    units = unit_name.removesuffix("s") if found.units == 1 and " " not in unit_name else unit_name
+    n = f"{found.seeds} seed{'s' * (found.seeds > 1)}, {found.units} {units}" + (f" in {found.clusters} clusters" if found.clusters != found.units else "")
     return Effect(scope, found.mean, found.low, found.high, unit, n, found.over, found.pvalue, found.seeds, tuple(runs), note)
 
 # %% ../../nbs/companion/70_claims.ipynb #46e53233
