@@ -1,6 +1,7 @@
 """Sphinx configuration of the companion. `valuecot.companion.pages` copies this folder, adds the pages, and builds; nothing here runs a notebook."""
 
 import re
+import shutil
 from pathlib import Path
 
 from pygments.formatters import HtmlFormatter
@@ -80,6 +81,7 @@ def slim(app, error):
     static = Path(app.outdir, "_static")
     for file in (f for name in ("*.map", "*.po", "*.mo", "fontawesome.js") for f in static.rglob(name)):
         file.unlink()
+    shutil.rmtree(static / "locales", ignore_errors=True)  # folders of 90 languages, empty now
     for file in Path(app.outdir).rglob("*.html"):
         file.write_text(shortened(file.read_text(encoding="utf-8")), encoding="utf-8")
 
