@@ -175,7 +175,7 @@ def weakest(effects: Sequence[Effect], note: str = "") -> Effect:
     least = min(effects, key=lambda e: e.value)
     bounds = {name: min(getattr(e, name) for e in effects) if all(math.isfinite(getattr(e, name)) for e in effects) else math.nan for name in ("low", "high")}
     pvalue = max(e.pvalue for e in effects) if all(math.isfinite(e.pvalue) for e in effects) else math.nan
-    return replace(least, **bounds, pvalue=pvalue, seeds=min(e.seeds for e in effects), runs=tuple(dict.fromkeys(n for e in effects for n in e.runs)), note=note or least.note)
+    return replace(least, **bounds, pvalue=pvalue, seeds=min(e.seeds for e in effects), runs=tuple(dict.fromkeys(n for e in effects for n in e.runs)), note=" · ".join(x for x in (note or least.note, "p is the largest of all of them") if x) if len(effects) > 1 and math.isfinite(pvalue) else note or least.note)
 
 
 def printed_difference(first: float, second: float, n: int, scope: str, unit: str = "points", level: float = 0.95, design: float = 1.0) -> Effect:  # percent of n rows each; design: rows that one independent row is worth

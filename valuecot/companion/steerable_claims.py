@@ -266,7 +266,7 @@ def from_csv(stage: str, file: str, column: str, arm: str, unit: str, scale: flo
                 parts = [(scale * r[column], scale * (r[f"{column}_high_95"] - r[f"{column}_low_95"]) / 3.92) for r in known.to_dict("records")]
                 few = min(known["n_unfaithful"]) if len(known) else 0
                 value, low, high = pooled(parts, int(few)) if parts else (math.nan,) * 3
-                found.append(Effect(f"{BENCHMARKS[made.job.dataset]}, {model}, judge {judge}", value, low, high, unit, f"{len(known)} seed{'s' * (len(known) != 1)}, {few:g} or more unfaithful traces in each", "seeds and scenarios" if len(known) > 1 else "scenarios", seeds=len(known), runs=(made.name,)))
+                found.append(Effect(f"{BENCHMARKS[made.job.dataset]}, {model}, judge {judge}", value, low, high, unit, f"{len(known)} seed{'s' * (len(known) != 1)}, {few:g} or more unfaithful traces in each" if parts else "no unfaithful trace to measure", "seeds and scenarios" if len(known) > 1 else "scenarios", seeds=len(known), runs=(made.name,)))
         return found
 
     return read
